@@ -1,0 +1,1 @@
+//! The formats and words of Nix: pure values and texts, without I/O, async or a clock.
