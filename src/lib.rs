@@ -13,3 +13,4 @@
 //! ```
 
 pub mod nix;
+pub mod upstream;
