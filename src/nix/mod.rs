@@ -5,5 +5,6 @@ pub mod content_address;
 pub mod fingerprint;
 pub mod hash;
 pub mod path_info;
+pub mod realisation;
 pub mod signature;
 pub mod store_path;
