@@ -1,0 +1,3 @@
+//! Streams of bytes: digest and compression. No sockets, no files.
+
+pub mod digest;
