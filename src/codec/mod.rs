@@ -1,5 +1,5 @@
 //! Streams of bytes: digest and compression. No sockets, no files.
 
 pub mod compression;
+pub mod compressor;
 pub mod digest;
-pub mod encoder;
