@@ -15,3 +15,6 @@
 pub mod cache;
 pub mod nix;
 pub mod upstream;
+pub mod codec;
+pub mod server;
+pub mod substituter;
