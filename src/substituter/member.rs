@@ -1,6 +1,6 @@
 //! One upstream as the substituter sees it: with its trust and its health.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -26,6 +26,8 @@ pub struct Member {
     options: health::Options,
     // Never held over an await; no other lock is taken under it.
     record: Mutex<Record>,
+    /// What asking it for a path that nobody can have has shown about it.
+    vetting: AtomicU8,
     /// Answers that were refused: unsigned path infos, NARs of another hash.
     pub refused: AtomicU64,
     /// Path infos that were found here.
@@ -58,6 +60,7 @@ impl Member {
             trust,
             options,
             record: Mutex::new(Record::new(now)),
+            vetting: AtomicU8::new(UNVETTED),
             refused: AtomicU64::new(0),
             found: AtomicU64::new(0),
         }
@@ -70,10 +73,51 @@ impl Member {
 
     /// Decides whether questions wait for it.
     pub fn standing(&self, now: Instant) -> Standing {
+        if self.is_ourselves() {
+            return Standing::Sick;
+        }
         let link = self.link();
         let mut record = self.record();
         record.was_up |= matches!(link, Link::Up { .. });
         health::standing(&link, &record, &self.options, now)
+    }
+
+    /// Tells whether this upstream's questions come back to this very program.
+    pub fn is_ourselves(&self) -> bool {
+        self.vetting.load(Ordering::Relaxed) == OURSELVES
+    }
+
+    /// Notes that a question to this upstream has come back to us.
+    pub fn mark_as_ourselves(&self) {
+        if self.vetting.swap(OURSELVES, Ordering::Relaxed) != OURSELVES {
+            warn!(
+                upstream = self.upstream.name(),
+                "leads back to this very muster, not asked any more; take it out of the configuration"
+            );
+        }
+    }
+
+    /// Asks each new connection for a path that nobody can have.
+    ///
+    /// Should the question come back to our own server, by whatever road, the upstream is
+    /// ourselves: asking it would go round in circles.
+    pub async fn vet(&self, nobody: StorePathHash) {
+        self.vetting.store(VETTED, Ordering::Relaxed);
+        if self.upstream.path_info(nobody).await.is_err() && !self.is_ourselves() {
+            self.vetting.store(UNVETTED, Ordering::Relaxed);
+        }
+    }
+
+    /// Tells whether it is connected and was not vetted since; a lost connection asks for it anew.
+    pub fn wants_vetting(&self) -> bool {
+        match (self.link(), self.vetting.load(Ordering::Relaxed)) {
+            (Link::Up { .. }, vetting) => vetting == UNVETTED,
+            (_, VETTED) => {
+                self.vetting.store(UNVETTED, Ordering::Relaxed);
+                false
+            }
+            _ => false,
+        }
     }
 
     /// Asks for a path, for as long as the upstream is not sick.
@@ -179,3 +223,7 @@ impl Member {
 }
 
 const RECHECK: Duration = Duration::from_secs(1);
+
+const UNVETTED: u8 = 0;
+const VETTED: u8 = 1;
+const OURSELVES: u8 = 2;

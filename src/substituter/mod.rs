@@ -16,10 +16,11 @@ pub mod member;
 pub mod nar_url;
 pub mod publish;
 mod query;
+mod report;
 pub mod tasks;
 pub mod transfer;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -88,6 +89,8 @@ struct Shared {
     divergent: Mutex<HashSet<StorePathHash>>,
     /// Hash parts whose revalidation is under way.
     revalidating: Mutex<HashSet<StorePathHash>>,
+    /// Random hash parts that upstreams are asked for, to see whether they lead back here.
+    vetting: Mutex<HashMap<StorePathHash, UpstreamId>>,
     walks: Arc<Semaphore>,
     /// KiB of small NARs that may be in memory at once.
     whole_nars: Arc<Semaphore>,
@@ -108,6 +111,7 @@ impl Substituter {
             tasks: Tasks::new(options.tasks_max),
             divergent: Mutex::default(),
             revalidating: Mutex::default(),
+            vetting: Mutex::default(),
             walks: Arc::new(Semaphore::new(walks_max)),
             whole_nars: Arc::new(Semaphore::new(options.transfer.whole_kib_max as usize)),
             corrupt: moka::sync::Cache::builder()
@@ -223,6 +227,11 @@ impl Substituter {
         divergent.unwrap_or_else(PoisonError::into_inner).len()
     }
 
+    /// Returns how many narinfos are in memory, roughly.
+    pub fn narinfos_in_memory(&self) -> u64 {
+        self.shared.cache.len()
+    }
+
     /// Probes sick upstreams and notices when the machine has slept; runs until it is dropped.
     pub async fn care(&self) {
         let mut clock = (Instant::now(), SystemTime::now());
@@ -235,8 +244,8 @@ impl Substituter {
                 setup.members.iter().for_each(|m| m.wake(now.0));
             }
             clock = now;
-            let probes: FuturesUnordered<_> =
-                setup.members.iter().map(|m| m.probe(now.0)).collect();
+            let probe = |member| self.shared.care_for(member, now.0);
+            let probes: FuturesUnordered<_> = setup.members.iter().map(probe).collect();
             let all = probes.collect::<()>();
             // A probe that hangs is asked again in the next round.
             let _ = tokio::time::timeout(PROBE_PATIENCE, all).await;
@@ -327,6 +336,31 @@ impl Shared {
         }
     }
 
+    async fn care_for(&self, member: &Member, now: Instant) {
+        if member.wants_vetting() {
+            let mut nobody = StorePathHash([0; 20]);
+            fastrand::fill(&mut nobody.0);
+            self.vetting().insert(nobody, member.id);
+            member.vet(nobody).await;
+            self.vetting().remove(&nobody);
+        }
+        member.probe(now).await;
+    }
+
+    /// Tells whether this is a question of our own that came back.
+    fn came_back(&self, hash: StorePathHash) -> bool {
+        let asked = self.vetting().get(&hash).copied();
+        let setup = self.setup();
+        if let Some(member) = asked.and_then(|id| setup.member(id)) {
+            member.mark_as_ourselves();
+        }
+        asked.is_some()
+    }
+
+    fn vetting(&self) -> MutexGuard<'_, HashMap<StorePathHash, UpstreamId>> {
+        self.vetting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn revalidating(&self) -> MutexGuard<'_, HashSet<StorePathHash>> {
         self.revalidating.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -404,7 +438,7 @@ const DIVERGENT_MAX: usize = 10_000;
 const CORRUPT_MAX: u64 = 10_000;
 /// Time after which a builder that gave wrong bytes is tried again; it may have been repaired.
 const CORRUPT_TTL: Duration = Duration::from_secs(600);
-const CARE_INTERVAL: Duration = Duration::from_secs(1);
+const CARE_INTERVAL: Duration = Duration::from_millis(250);
 const PROBE_PATIENCE: Duration = Duration::from_secs(10);
 const SLEEP_MIN: Duration = Duration::from_secs(5);
 const LOG_PATIENCE: Duration = Duration::from_secs(20);

@@ -5,7 +5,7 @@ use bytes::Bytes;
 use crate::codec::compression::Encoding;
 use crate::nix::fingerprint;
 use crate::nix::hash::{Algorithm, Hash};
-use crate::nix::narinfo::NarInfo;
+use crate::nix::narinfo::{Compression, NarInfo};
 use crate::nix::path_info::{Basis, Verified};
 use crate::nix::signature::SecretKey;
 use crate::nix::store_path::StoreDir;
@@ -46,7 +46,7 @@ impl Publisher {
         let plain = self.encoding == Encoding::None;
         let narinfo = NarInfo {
             url: url.to_string(),
-            compression: self.encoding.name().to_owned(),
+            compression: compression(self.encoding),
             file_hash: plain
                 .then(|| Hash::new(Algorithm::Sha256, &info.nar_hash.0))
                 .flatten(),
@@ -54,6 +54,14 @@ impl Publisher {
             info,
         };
         Bytes::from(narinfo.render(&self.store_dir))
+    }
+}
+
+fn compression(encoding: Encoding) -> Compression {
+    match encoding {
+        Encoding::None => Compression::None,
+        Encoding::Zstd => Compression::Zstd,
+        Encoding::Xz => Compression::Xz,
     }
 }
 

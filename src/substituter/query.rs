@@ -34,6 +34,7 @@ pub(super) async fn entry(shared: &Arc<Shared>, hash: StorePathHash) -> Option<A
                 shared.counters.narinfo_absent.increment();
                 return None;
             }
+            Lookup::Miss if shared.came_back(hash) => return None,
             Lookup::Miss => {}
         }
         let lead = || ask_all(Arc::clone(shared), hash);

@@ -18,7 +18,7 @@ use tracing::{debug, warn};
 use crate::cache::memory::UpstreamId;
 use crate::codec::compression::{Encoder, EncoderOptions, Encoding};
 use crate::codec::digest;
-use crate::nix::path_info::PathInfo;
+use crate::nix::path_info::{PathInfo, Verified};
 use crate::upstream::{self, NarStream};
 
 use super::member::Member;
@@ -262,14 +262,14 @@ impl Source {
         if std::mem::replace(&mut self.asked_all, true) {
             return;
         }
-        let (waiting, nar_hash) = (&mut self.waiting, self.info.nar_hash);
-        query::further_holders(&self.shared, self.info.path.hash(), &self.tried, |member, info| {
-            if info.nar_hash == nar_hash {
+        let (waiting, info) = (&mut self.waiting, &self.info);
+        let queue = |member, found: Verified| {
+            if found.nar_hash == info.nar_hash {
                 waiting.push_back(member);
             }
             false
-        })
-        .await;
+        };
+        query::further_holders(&self.shared, info.path.hash(), &self.tried, queue).await;
     }
 
     fn broke(&self, member: &Member, offset: u64, error: &upstream::Error) {

@@ -1,0 +1,3 @@
+//! Streams of bytes: compression, digests, parts; no sockets, no files.
+
+pub mod slice;
