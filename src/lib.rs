@@ -13,8 +13,8 @@
 //! ```
 
 pub mod cache;
-pub mod nix;
-pub mod upstream;
 pub mod codec;
+pub mod nix;
 pub mod server;
 pub mod substituter;
+pub mod upstream;

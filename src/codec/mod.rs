@@ -1,3 +1,6 @@
-//! Streams of bytes: compression, digests, parts; no sockets, no files.
+//! Streams of bytes: digests, compression, parts. No sockets, no files.
 
+pub mod compression;
+pub mod digest;
+pub mod encoder;
 pub mod slice;
