@@ -4,6 +4,7 @@ pub mod base32;
 pub mod content_address;
 pub mod fingerprint;
 pub mod hash;
+pub mod nar;
 pub mod path_info;
 pub mod realisation;
 pub mod signature;
