@@ -87,7 +87,11 @@ impl Handler {
     }
 
     async fn nar_head(&self, url: &NarUrl) -> Result<Response<Body>, Error> {
-        let size = self.substituter.nar_size(url).await.ok_or(Error::NotFound)?;
+        let size = self
+            .substituter
+            .nar_size(url)
+            .await
+            .ok_or(Error::NotFound)?;
         Ok(match url.encoding {
             Encoding::None => response::with_range(response::head(NAR, Some(size)), None, size),
             Encoding::Zstd | Encoding::Xz => response::head(NAR, None),

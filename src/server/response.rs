@@ -86,7 +86,9 @@ pub fn with_range(
     size_bytes: u64,
 ) -> Response<Body> {
     let accepted = HeaderValue::from_static("bytes");
-    response.headers_mut().insert(header::ACCEPT_RANGES, accepted);
+    response
+        .headers_mut()
+        .insert(header::ACCEPT_RANGES, accepted);
     if let Some(part) = part {
         *response.status_mut() = StatusCode::PARTIAL_CONTENT;
         let last = part.end.saturating_sub(1);

@@ -59,7 +59,9 @@ impl Route {
                     Self::Nar(NarUrl::parse(file, query)?)
                 } else if let Some(file) = path.strip_prefix("log/") {
                     let derivation: StorePath = file.parse().ok()?;
-                    derivation.is_derivation().then_some(Self::Log(derivation))?
+                    derivation
+                        .is_derivation()
+                        .then_some(Self::Log(derivation))?
                 } else if let Some(file) = path.strip_prefix("realisations/") {
                     Self::Realisation(file.strip_suffix(".doi")?.parse().ok()?)
                 } else {
@@ -86,8 +88,14 @@ mod tests {
     #[test]
     fn what_real_clients_ask() {
         assert_eq!(parse("/nix-cache-info"), Route::CacheInfo);
-        assert!(matches!(parse(&format!("/{PATH}.narinfo")), Route::NarInfo(_)));
-        assert!(matches!(parse(&format!("/nar/{PATH}-{NAR}.nar.zst")), Route::Nar(_)));
+        assert!(matches!(
+            parse(&format!("/{PATH}.narinfo")),
+            Route::NarInfo(_)
+        ));
+        assert!(matches!(
+            parse(&format!("/nar/{PATH}-{NAR}.nar.zst")),
+            Route::Nar(_)
+        ));
         let log = format!("/log/{PATH}-hello-2.10.drv");
         assert!(matches!(parse(&log), Route::Log(_)));
         for bang in ["!", "%21"] {

@@ -75,7 +75,10 @@ impl Walk {
             let mut next = Vec::new();
             for batch in level.chunks(self.options.batch_max) {
                 if self.seen.len() > self.options.paths_max {
-                    debug!(paths = self.seen.len(), "closure is too large, rest not fetched ahead");
+                    debug!(
+                        paths = self.seen.len(),
+                        "closure is too large, rest not fetched ahead"
+                    );
                     return;
                 }
                 if !self.fetch(batch, &mut next).await {
@@ -117,7 +120,9 @@ impl Walk {
             let Answer::Found(info) = self.member.verify(claim, setup.store_dir()) else {
                 continue;
             };
-            let entry = self.shared.commit(&setup, &self.member, &info, Instant::now());
+            let entry = self
+                .shared
+                .commit(&setup, &self.member, &info, Instant::now());
             self.shared.counters.narinfo_prefetched.increment();
             landing.land(Some(entry));
             next.extend(self.unknown(&info.references));

@@ -205,7 +205,11 @@ impl Substituter {
 
     /// Takes new upstreams and keys; what was known through the old ones is forgotten.
     pub fn replace(&self, setup: Setup) {
-        let mut current = self.shared.setup.write().unwrap_or_else(PoisonError::into_inner);
+        let mut current = self
+            .shared
+            .setup
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
         *current = Arc::new(setup);
         drop(current);
         self.shared.cache.clear();
@@ -290,7 +294,10 @@ impl Shared {
             entry.add_holder(member.id);
             return;
         }
-        let mut divergent = self.divergent.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut divergent = self
+            .divergent
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if divergent.len() < DIVERGENT_MAX && divergent.insert(info.path.hash()) {
             warn!(
                 path = %info.path,
@@ -362,7 +369,9 @@ impl Shared {
     }
 
     fn revalidating(&self) -> MutexGuard<'_, HashSet<StorePathHash>> {
-        self.revalidating.lock().unwrap_or_else(PoisonError::into_inner)
+        self.revalidating
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Has the path kept alive on a holder, in the background, where that is due.

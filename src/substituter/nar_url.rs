@@ -59,7 +59,12 @@ impl fmt::Display for NarUrl {
             Encoding::Zstd => "nar.zst",
             Encoding::Xz => "nar.xz",
         };
-        write!(f, "nar/{}-{}.{suffix}", self.path_hash, self.nar_hash.to_base32())
+        write!(
+            f,
+            "nar/{}-{}.{suffix}",
+            self.path_hash,
+            self.nar_hash.to_base32()
+        )
     }
 }
 
@@ -94,7 +99,14 @@ mod tests {
 
     #[test]
     fn foreign_names_are_refused() {
-        for file in ["", ".nar", "x.nar", "-.nar", &format!("{NAR}.nar"), &format!("{PATH}-{NAR}.nar.br")] {
+        for file in [
+            "",
+            ".nar",
+            "x.nar",
+            "-.nar",
+            &format!("{NAR}.nar"),
+            &format!("{PATH}-{NAR}.nar.br"),
+        ] {
             assert_eq!(NarUrl::parse(file, None), None, "{file}");
         }
     }

@@ -17,7 +17,10 @@ impl Substituter {
         let now = Instant::now();
         let setup = self.setup();
         let upstreams: Vec<_> = setup.members.iter().map(|m| member(m, now)).collect();
-        let sick = setup.members.iter().any(|m| m.standing(now) == Standing::Sick);
+        let sick = setup
+            .members
+            .iter()
+            .any(|m| m.standing(now) == Standing::Sick);
         let counters = self.counters();
         json!({
             "status": if sick { "degraded" } else { "ok" },

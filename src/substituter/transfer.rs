@@ -90,7 +90,13 @@ pub(super) async fn open(shared: &Arc<Shared>, url: &NarUrl) -> Option<Nar> {
     let body = if size_bytes <= shared.options.transfer.whole_bytes_max {
         let whole = source.whole().await?;
         let encoded = encoder.encode_whole(url.encoding, whole).await;
-        NarBody::Whole(encoded.inspect_err(|error| warn!(path = %source.info.path, %error, "cannot be compressed")).ok()?)
+        NarBody::Whole(
+            encoded
+                .inspect_err(
+                    |error| warn!(path = %source.info.path, %error, "cannot be compressed"),
+                )
+                .ok()?,
+        )
     } else {
         let checked = source.stream().await?;
         match url.encoding {
@@ -127,7 +133,9 @@ impl Source {
         let setup = shared.setup();
         let mut source = if entry.nar_hash == url.nar_hash {
             let members = entry.holders();
-            let members = members.into_iter().filter_map(|id| setup.member(id).cloned());
+            let members = members
+                .into_iter()
+                .filter_map(|id| setup.member(id).cloned());
             Self {
                 shared: Arc::clone(shared),
                 info: setup.parse(&entry)?,
@@ -167,7 +175,11 @@ impl Source {
         let permit = bound.acquire_many_owned(permits).await.ok()?;
         while let Some((member, stream)) = self.next_holder().await {
             let stalling = with_stall(stream, self.shared.options.transfer.stall_last);
-            let mut checked = std::pin::pin!(digest::verified(stalling, self.info.nar_hash, self.info.nar_size));
+            let mut checked = std::pin::pin!(digest::verified(
+                stalling,
+                self.info.nar_hash,
+                self.info.nar_size
+            ));
             let mut nar = BytesMut::new();
             let failure = loop {
                 match checked.next().await {
@@ -179,7 +191,10 @@ impl Source {
             match failure {
                 None => {
                     self.shared.counters.nar_bytes.add(nar.len() as u64);
-                    let held = Held { nar: nar.freeze(), _permit: permit };
+                    let held = Held {
+                        nar: nar.freeze(),
+                        _permit: permit,
+                    };
                     return Some(Bytes::from_owner(held));
                 }
                 Some(digest::DigestError::Source(error)) => self.broke(&member, 0, &error),
@@ -219,7 +234,11 @@ impl Source {
             }
             Err(error) => {
                 shared.counters.nar_cut.increment();
-                let member = Arc::clone(&last.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+                let member = Arc::clone(
+                    &last
+                        .lock()
+                        .unwrap_or_else(std::sync::PoisonError::into_inner),
+                );
                 let cause = error.to_string();
                 corrupt(&shared, &info, &member, &cause);
                 let upstream = member.upstream.name().to_owned();
@@ -326,7 +345,10 @@ impl Relay {
                 }
                 Err(_) => {
                     let member = Arc::clone(member);
-                    let error = upstream::Error::TimedOut { question: "NAR", after: patience };
+                    let error = upstream::Error::TimedOut {
+                        question: "NAR",
+                        after: patience,
+                    };
                     self.drop_current(&member, error);
                 }
             }
@@ -335,7 +357,9 @@ impl Relay {
 
     /// Counts a chunk and cuts off what the client already has.
     fn advance(&mut self, mut chunk: Bytes) -> Option<Bytes> {
-        let repeated = usize::try_from(self.skip).unwrap_or(usize::MAX).min(chunk.len());
+        let repeated = usize::try_from(self.skip)
+            .unwrap_or(usize::MAX)
+            .min(chunk.len());
         self.skip -= repeated as u64;
         let _ = chunk.split_to(repeated);
         self.offset += chunk.len() as u64;
@@ -360,7 +384,10 @@ impl Relay {
         if let Some((member, _)) = &self.current {
             self.source.shared.counters.nar_resumed.increment();
             self.skip = self.offset;
-            *self.last.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Arc::clone(member);
+            *self
+                .last
+                .lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner) = Arc::clone(member);
         }
     }
 
@@ -411,7 +438,10 @@ fn with_stall(
     let guarded = stream::unfold(source, move |mut source| async move {
         let item = match tokio::time::timeout(stall, source.next()).await {
             Ok(item) => item?,
-            Err(_) => Err(upstream::Error::TimedOut { question: "NAR", after: stall }),
+            Err(_) => Err(upstream::Error::TimedOut {
+                question: "NAR",
+                after: stall,
+            }),
         };
         Some((item, source))
     });
