@@ -20,7 +20,8 @@ use tokio::sync::watch;
 use tracing::{error, info, warn};
 
 use crate::cache::memory;
-use crate::codec::compression::{EncoderOptions, Encoding};
+use crate::codec::compression::Encoding;
+use crate::codec::encoder::EncoderOptions;
 use crate::config::{Config, CompressionSetting};
 use crate::nix::cache_info::CacheInfo;
 use crate::server::{self, Info};

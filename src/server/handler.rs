@@ -58,11 +58,6 @@ impl Handler {
                     .map(|r| response::whole("application/json", Bytes::from(r.render())))
                     .ok_or(Error::NotFound)
             }
-            Route::BuildTrace(key) => {
-                let text = self.substituter.build_trace(&key).await;
-                text.map(|text| response::whole("application/json", Bytes::from(text)))
-                    .ok_or(Error::NotFound)
-            }
             Route::PublicKey => {
                 let keys = self.info.borrow().public_keys.clone();
                 Ok(response::whole(response::TEXT, keys))

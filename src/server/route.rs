@@ -1,10 +1,8 @@
 //! From a request's target to what is asked for; below this file no client string exists.
 
-use std::borrow::Cow;
-
 use percent_encoding::percent_decode_str;
 
-use crate::nix::realisation::{BuildTraceKey, DrvOutput};
+use crate::nix::realisation::DrvOutput;
 use crate::nix::store_path::{StorePath, StorePathHash};
 use crate::substituter::nar_url::NarUrl;
 
@@ -21,8 +19,6 @@ pub enum Route {
     Log(StorePath),
     /// `/realisations/<hash>!<output>.doi`, up to Nix 2.34
     Realisation(DrvOutput),
-    /// `/build-trace-v2/<drv>/<output>.doi`, Nix 2.35 and later
-    BuildTrace(BuildTraceKey),
     /// `/healthz`
     Health,
     /// `/public-key`
@@ -48,8 +44,8 @@ impl Route {
         Self::parse_decoded(&path, query).unwrap_or(Self::Unknown)
     }
 
-    fn parse_decoded(path: &Cow<'_, str>, query: Option<&str>) -> Option<Self> {
-        Some(match path.as_ref() {
+    fn parse_decoded(path: &str, query: Option<&str>) -> Option<Self> {
+        Some(match path {
             "" => Self::Root,
             "nix-cache-info" => Self::CacheInfo,
             "healthz" => Self::Health,
@@ -62,11 +58,9 @@ impl Route {
                     derivation
                         .is_derivation()
                         .then_some(Self::Log(derivation))?
-                } else if let Some(file) = path.strip_prefix("realisations/") {
-                    Self::Realisation(file.strip_suffix(".doi")?.parse().ok()?)
                 } else {
-                    let file = path.strip_prefix("build-trace-v2/")?;
-                    Self::BuildTrace(BuildTraceKey::parse(file)?)
+                    let file = path.strip_prefix("realisations/")?;
+                    Self::Realisation(file.strip_suffix(".doi")?.parse().ok()?)
                 }
             }
         })
@@ -102,8 +96,6 @@ mod tests {
             let path = format!("/realisations/sha256:{HEX}{bang}out.doi");
             assert!(matches!(parse(&path), Route::Realisation(_)), "{path}");
         }
-        let trace = format!("/build-trace-v2/{PATH}-hello.drv/out.doi");
-        assert!(matches!(parse(&trace), Route::BuildTrace(_)), "{trace}");
     }
 
     #[test]

@@ -33,7 +33,7 @@ use tracing::{info, warn};
 use crate::cache::memory::{self, Entry, Lookup, NarInfoCache, UpstreamId};
 use crate::cache::policy::Freshness;
 use crate::cache::single_flight::SingleFlight;
-use crate::codec::compression::Encoder;
+use crate::codec::encoder::Encoder;
 use crate::nix::narinfo::NarInfo;
 use crate::nix::path_info::{PathInfo, Trust, Verified};
 use crate::nix::realisation::{DrvOutput, Realisation};
@@ -118,7 +118,7 @@ impl Substituter {
                 .max_capacity(CORRUPT_MAX)
                 .time_to_live(CORRUPT_TTL)
                 .build(),
-            encoder: Encoder::new(options.transfer.encoder.clone()),
+            encoder: Encoder::new(options.transfer.encoder),
             options,
         };
         let shared = Arc::new(shared);
@@ -248,7 +248,7 @@ impl Substituter {
                 setup.members.iter().for_each(|m| m.wake(now.0));
             }
             clock = now;
-            let probe = |member| self.shared.care_for(member, now.0);
+            let probe = |member: &Arc<Member>| self.shared.care_for(Arc::clone(member), now.0);
             let probes: FuturesUnordered<_> = setup.members.iter().map(probe).collect();
             let all = probes.collect::<()>();
             // A probe that hangs is asked again in the next round.
@@ -343,7 +343,7 @@ impl Shared {
         }
     }
 
-    async fn care_for(&self, member: &Member, now: Instant) {
+    async fn care_for(&self, member: Arc<Member>, now: Instant) {
         if member.wants_vetting() {
             let mut nobody = StorePathHash([0; 20]);
             fastrand::fill(&mut nobody.0);

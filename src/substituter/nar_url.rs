@@ -25,13 +25,7 @@ pub struct NarUrl {
 impl NarUrl {
     /// Reads the part after `nar/`, and the query without its question mark.
     pub fn parse(file: &str, query: Option<&str>) -> Option<Self> {
-        let (stem, suffix) = file.split_once('.')?;
-        let encoding = match suffix {
-            "nar" => Encoding::None,
-            "nar.zst" => Encoding::Zstd,
-            "nar.xz" => Encoding::Xz,
-            _ => return None,
-        };
+        let (stem, encoding) = Encoding::split_suffix(file)?;
         let (path_hash, nar_hash) = match stem.split_once('-') {
             Some(hashes) => hashes,
             None => {

@@ -5,9 +5,9 @@ use bytes::Bytes;
 use crate::codec::compression::Encoding;
 use crate::nix::fingerprint;
 use crate::nix::hash::{Algorithm, Hash};
-use crate::nix::narinfo::{Compression, NarInfo};
+use crate::nix::narinfo::NarInfo;
 use crate::nix::path_info::{Basis, Verified};
-use crate::nix::signature::SecretKey;
+use crate::nix::signature::{SecretKey, Signature};
 use crate::nix::store_path::StoreDir;
 
 use super::nar_url::NarUrl;
@@ -35,8 +35,8 @@ impl Publisher {
             encoding: self.encoding,
         };
         let mut info = (**verified).clone();
-        let ours = |name| self.keys.iter().any(|key| key.name() == name);
-        info.signatures.retain(|s| !ours(s.key_name()));
+        let ours = |s: &Signature| self.keys.iter().any(|key| key.name() == s.key_name());
+        info.signatures.retain(|s| !ours(s));
         info.signatures.truncate(FOREIGN_SIGNATURES_MAX);
         if *verified.basis() != Basis::ContentAddress {
             let fingerprint = fingerprint::of_path(&info, &self.store_dir);
@@ -46,7 +46,7 @@ impl Publisher {
         let plain = self.encoding == Encoding::None;
         let narinfo = NarInfo {
             url: url.to_string(),
-            compression: compression(self.encoding),
+            compression: self.encoding.compression(),
             file_hash: plain
                 .then(|| Hash::new(Algorithm::Sha256, &info.nar_hash.0))
                 .flatten(),
@@ -54,14 +54,6 @@ impl Publisher {
             info,
         };
         Bytes::from(narinfo.render(&self.store_dir))
-    }
-}
-
-fn compression(encoding: Encoding) -> Compression {
-    match encoding {
-        Encoding::None => Compression::None,
-        Encoding::Zstd => Compression::Zstd,
-        Encoding::Xz => Compression::Xz,
     }
 }
 

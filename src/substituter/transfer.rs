@@ -9,15 +9,17 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use futures_util::stream::BoxStream;
 use futures_util::{StreamExt as _, stream};
 use tokio::sync::OwnedSemaphorePermit;
 use tracing::{debug, warn};
 
 use crate::cache::memory::UpstreamId;
-use crate::codec::compression::{Encoder, EncoderOptions, Encoding};
-use crate::codec::digest;
+use crate::codec::compression::Encoding;
+use crate::codec::digest::{self, DigestError};
+use crate::codec::encoder::{EncodeError, EncoderOptions};
+use crate::nix::hash::NarHash;
 use crate::nix::path_info::{PathInfo, Verified};
 use crate::upstream::{self, NarStream};
 
@@ -89,24 +91,26 @@ pub(super) async fn open(shared: &Arc<Shared>, url: &NarUrl) -> Option<Nar> {
     let encoder = &shared.encoder;
     let body = if size_bytes <= shared.options.transfer.whole_bytes_max {
         let whole = source.whole().await?;
-        let encoded = encoder.encode_whole(url.encoding, whole).await;
-        NarBody::Whole(
-            encoded
-                .inspect_err(
-                    |error| warn!(path = %source.info.path, %error, "cannot be compressed"),
-                )
-                .ok()?,
-        )
+        match encoder.encode_whole(url.encoding, whole).await {
+            Ok(encoded) => NarBody::Whole(encoded),
+            Err(error) => {
+                warn!(path = %source.info.path, %error, "cannot be compressed");
+                return None;
+            }
+        }
     } else {
         let checked = source.stream().await?;
-        match url.encoding {
-            Encoding::None => NarBody::Stream(checked),
-            encoding => NarBody::Stream(
-                encoder
-                    .encode_stream(encoding, Some(size_bytes), checked)
-                    .boxed(),
-            ),
-        }
+        NarBody::Stream(match url.encoding {
+            Encoding::None => checked,
+            encoding => {
+                let encoded = encoder.encode_stream(encoding, checked, size_bytes);
+                let cut = |error| match error {
+                    EncodeError::Source(error) => error,
+                    EncodeError::Encoder(error) => Error::Encoder(error.to_string()),
+                };
+                encoded.map(move |item| item.map_err(cut)).boxed()
+            }
+        })
     };
     Some(Nar { size_bytes, body })
 }
@@ -175,30 +179,17 @@ impl Source {
         let permit = bound.acquire_many_owned(permits).await.ok()?;
         while let Some((member, stream)) = self.next_holder().await {
             let stalling = with_stall(stream, self.shared.options.transfer.stall_last);
-            let mut checked = std::pin::pin!(digest::verified(
-                stalling,
-                self.info.nar_hash,
-                self.info.nar_size
-            ));
-            let mut nar = BytesMut::new();
-            let failure = loop {
-                match checked.next().await {
-                    Some(Ok(chunk)) => nar.extend_from_slice(&chunk),
-                    Some(Err(error)) => break Some(error),
-                    None => break None,
-                }
-            };
-            match failure {
-                None => {
+            match digest::whole(stalling, self.promised()).await {
+                Ok(nar) => {
                     self.shared.counters.nar_bytes.add(nar.len() as u64);
                     let held = Held {
-                        nar: nar.freeze(),
+                        nar,
                         _permit: permit,
                     };
                     return Some(Bytes::from_owner(held));
                 }
-                Some(digest::DigestError::Source(error)) => self.broke(&member, 0, &error),
-                Some(error) => corrupt(&self.shared, &self.info, &member, &error.to_string()),
+                Err(DigestError::Source(error)) => self.broke(&member, 0, &error),
+                Err(error) => corrupt(&self.shared, &self.info, &member, &error.to_string()),
             }
         }
         None
@@ -207,6 +198,7 @@ impl Source {
     /// Begins a checked stream; `None` when no holder gives a first byte.
     async fn stream(mut self) -> Option<BoxStream<'static, Result<Bytes, Error>>> {
         let current = self.next_holder().await?;
+        let promised = self.promised();
         let (shared, info) = (Arc::clone(&self.shared), self.info.clone());
         let last = Arc::new(std::sync::Mutex::new(Arc::clone(&current.0)));
         let relay = Relay {
@@ -221,13 +213,13 @@ impl Source {
             let item = relay.next().await?;
             Some((item, relay))
         });
-        let checked = digest::verified(relayed.boxed(), info.nar_hash, info.nar_size);
+        let checked = digest::verified(relayed.boxed(), promised);
         let named = checked.map(move |item| match item {
             Ok(chunk) => {
                 shared.counters.nar_bytes.add(chunk.len() as u64);
                 Ok(chunk)
             }
-            Err(digest::DigestError::Source(error)) => {
+            Err(DigestError::Source(error)) => {
                 shared.counters.nar_cut.increment();
                 warn!(path = %info.path, %error, "transfer cut");
                 Err(error)
@@ -246,6 +238,10 @@ impl Source {
             }
         });
         Some(named.boxed())
+    }
+
+    fn promised(&self) -> (NarHash, u64) {
+        (self.info.nar_hash, self.info.nar_size)
     }
 
     /// Opens the NAR at the next holder that has it.
@@ -326,32 +322,29 @@ impl Relay {
                 patience = options.stall;
                 continue;
             };
-            match tokio::time::timeout(patience, stream.next()).await {
-                Ok(Some(Ok(chunk))) => {
-                    if let Some(fresh) = self.advance(chunk) {
-                        return Some(Ok(fresh));
-                    }
-                }
-                Ok(Some(Err(error))) => {
-                    let member = Arc::clone(member);
-                    self.drop_current(&member, error);
-                }
-                Ok(None) => {
-                    let member = Arc::clone(member);
-                    self.drop_current(&member, upstream::Error::Lost("it ended early".into()));
-                }
-                Err(_) if patience < options.stall_last && !self.another_waits().await => {
-                    patience = options.stall_last;
-                }
+            let item = tokio::time::timeout(patience, stream.next()).await;
+            let error = match item {
+                Ok(Some(Ok(chunk))) => match self.advance(chunk) {
+                    Some(fresh) => return Some(Ok(fresh)),
+                    None => continue,
+                },
+                Ok(Some(Err(error))) => error,
+                Ok(None) => upstream::Error::Lost("it ended early".into()),
                 Err(_) => {
                     let member = Arc::clone(member);
-                    let error = upstream::Error::TimedOut {
+                    if patience < options.stall_last && !self.another_waits().await {
+                        let upstream = member.upstream.name();
+                        debug!(upstream, "stalls, but nobody else has the path");
+                        patience = options.stall_last;
+                        continue;
+                    }
+                    upstream::Error::TimedOut {
                         question: "NAR",
                         after: patience,
-                    };
-                    self.drop_current(&member, error);
+                    }
                 }
-            }
+            };
+            self.drop_current(error);
         }
     }
 
@@ -366,10 +359,11 @@ impl Relay {
         (!chunk.is_empty()).then_some(chunk)
     }
 
-    fn drop_current(&mut self, member: &Arc<Member>, error: upstream::Error) {
-        self.source.broke(member, self.offset, &error);
+    fn drop_current(&mut self, error: upstream::Error) {
+        if let Some((member, _)) = self.current.take() {
+            self.source.broke(&member, self.offset, &error);
+        }
         self.cause = error;
-        self.current = None;
     }
 
     async fn another_waits(&mut self) -> bool {
