@@ -33,7 +33,7 @@ use tracing::{info, warn};
 use crate::cache::memory::{self, Entry, Lookup, NarInfoCache, UpstreamId};
 use crate::cache::policy::Freshness;
 use crate::cache::single_flight::SingleFlight;
-use crate::codec::encoder::Encoder;
+use crate::codec::compression::Encoder;
 use crate::nix::narinfo::NarInfo;
 use crate::nix::path_info::{PathInfo, Trust, Verified};
 use crate::nix::realisation::{DrvOutput, Realisation};
@@ -118,7 +118,7 @@ impl Substituter {
                 .max_capacity(CORRUPT_MAX)
                 .time_to_live(CORRUPT_TTL)
                 .build(),
-            encoder: Encoder::new(options.transfer.encoder),
+            encoder: Encoder::new(options.transfer.encoder.clone()),
             options,
         };
         let shared = Arc::new(shared);
