@@ -1,5 +1,6 @@
-//! Streams of bytes: digest and compression. No sockets, no files.
+//! Streams of bytes: digests, compression, parts. No sockets, no files.
 
 pub mod compression;
 pub mod compressor;
 pub mod digest;
+pub mod slice;

@@ -6,6 +6,7 @@ pub mod cache_info;
 pub mod content_address;
 pub mod fingerprint;
 pub mod hash;
+pub mod nar;
 pub mod narinfo;
 pub mod path_info;
 pub mod realisation;
