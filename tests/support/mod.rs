@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -100,7 +100,7 @@ impl Scripted {
 
     pub fn connecting(&self) {
         self.set_link(Link::Connecting {
-            since: Instant::now(),
+            since: tokio::time::Instant::now().into_std(),
         });
     }
 
@@ -256,7 +256,7 @@ pub fn setup(upstreams: &[Arc<Scripted>], trust: &Trust, encoding: Encoding) -> 
             Arc::clone(upstream) as Arc<dyn Upstream>,
             trust.clone(),
             health::Options::default(),
-            Instant::now(),
+            tokio::time::Instant::now().into_std(),
         ))
     };
     Setup {
