@@ -12,3 +12,4 @@ pub mod path_info;
 pub mod realisation;
 pub mod signature;
 pub mod store_path;
+pub mod worker_protocol;
