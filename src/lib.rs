@@ -12,4 +12,6 @@
 //!  0  nix                          pure values and texts; no I/O, no async, no clock
 //! ```
 
+pub mod cache;
 pub mod nix;
+pub mod upstream;

@@ -1,1 +1,10 @@
 //! The formats and words of Nix: pure values and texts, without I/O, async or a clock.
+
+pub mod base32;
+pub mod content_address;
+pub mod fingerprint;
+pub mod hash;
+pub mod path_info;
+pub mod realisation;
+pub mod signature;
+pub mod store_path;

@@ -1,0 +1,116 @@
+//! Whom we ask: one store behind one small trait.
+//!
+//! An upstream answers for its own store only and never recurses into further substituters. It
+//! decides nothing about trust, choice or retries over several stores: that is the substituter's.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures_util::stream::BoxStream;
+use tokio::sync::watch;
+
+use crate::nix::path_info::PathInfo;
+use crate::nix::realisation::{DrvOutput, Realisation};
+use crate::nix::store_path::{StorePath, StorePathHash};
+
+/// The bytes of one NAR from its first to its last, in chunks of at most 256 KiB.
+///
+/// The stream ends after exactly the NAR; an item that is an error is the last. Dropping it
+/// abandons the NAR and frees what carried it. Hash and size are the reader's to check.
+pub type NarStream = BoxStream<'static, Result<Bytes, Error>>;
+
+/// One store that can be asked. Every method may be called any number of times at once.
+///
+/// `Ok(None)` says "not there"; `Err` says "could not find out". Each future may be dropped at any
+/// point: the question may still reach the store, its answer is thrown away. No method waits
+/// for ever: what is silent is given up by the bounds in its options.
+#[async_trait]
+pub trait Upstream: Send + Sync + 'static {
+    /// Names the upstream in logs and errors: its URI, without secrets.
+    fn name(&self) -> &str;
+
+    /// Follows the state of the standing connection.
+    fn link(&self) -> watch::Receiver<Link>;
+
+    /// Gives up waiting between two attempts and connects anew at once, as after a wake-up.
+    fn reconnect(&self) {}
+
+    /// Asks for the path with this hash part.
+    async fn path_info(&self, hash: StorePathHash) -> Result<Option<PathInfo>, Error>;
+
+    /// Asks for many paths at once; the answers have the order of the questions.
+    ///
+    /// An error of one question fails it alone; when the connection breaks, the rest fails too.
+    async fn path_infos(&self, paths: &[StorePath]) -> Vec<Result<Option<PathInfo>, Error>>;
+
+    /// Opens the NAR of a path; `Ok(None)` when the path is gone.
+    async fn nar(&self, info: &PathInfo) -> Result<Option<NarStream>, Error>;
+
+    /// Keeps a path from that store's garbage collection for a while; `false`: it is gone.
+    async fn keep(&self, path: &StorePath) -> Result<bool, Error>;
+
+    /// Returns the decoded build log of a derivation.
+    async fn build_log(&self, _derivation: &StorePath) -> Result<Option<Bytes>, Error> {
+        Ok(None)
+    }
+
+    /// Returns what a content-addressed derivation's output was realised as.
+    async fn realisation(&self, _id: &DrvOutput) -> Result<Option<Realisation>, Error> {
+        Ok(None)
+    }
+}
+
+/// The state of an upstream's standing connection.
+#[derive(Clone, Debug)]
+pub enum Link {
+    /// A connection is being made; questions wait for it.
+    Connecting {
+        /// When this round of attempts began: at start, after a loss, or after a wake-up.
+        since: Instant,
+    },
+    /// Questions are answered.
+    Up {
+        /// What answers, for people: `Nix 2.34.8, protocol 1.38`.
+        peer: Arc<str>,
+    },
+    /// The last attempt failed; a further one follows after a pause. Questions fail at once.
+    Down {
+        /// Why.
+        error: Arc<str>,
+        /// Pause until the next attempt.
+        retry_after: Duration,
+    },
+}
+
+/// Why an upstream could not tell.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum Error {
+    /// There is no connection, and none is about to be made.
+    #[error("not connected: {0}")]
+    Down(Arc<str>),
+    /// The connection broke while the question was under way.
+    #[error("connection lost: {0}")]
+    Lost(Arc<str>),
+    /// Nothing came for a bounded time.
+    #[error("no answer to {question} within {after:?}")]
+    TimedOut {
+        /// What was asked.
+        question: &'static str,
+        /// The bound.
+        after: Duration,
+    },
+    /// The store itself answered with an error; its own words.
+    #[error("the store answered: {0}")]
+    Remote(Arc<str>),
+    /// The peer broke its protocol; the connection is given up.
+    #[error("protocol error: {0}")]
+    Protocol(Arc<str>),
+    /// The store lies in another directory than ours.
+    #[error("its {0}")]
+    StoreDir(Arc<str>),
+    /// The store cannot do this.
+    #[error("not supported: {0}")]
+    Unsupported(Arc<str>),
+}
