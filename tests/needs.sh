@@ -30,3 +30,10 @@ need_rig() {
     need nix:nix-bin /usr/sbin/sshd:openssh-server ssh:openssh-client /bin/busybox:busybox-static \
         ip:iproute2 openssl:openssl nsenter:util-linux
 }
+
+# What cargo needs besides itself: a C compiler, for the compression libraries.
+need_build() {
+    command -v cargo >/dev/null || [ ! -x "$HOME/.cargo/bin/cargo" ] || PATH=$HOME/.cargo/bin:$PATH
+    command -v cargo >/dev/null || fail "needs cargo of Rust 1.90 or newer"
+    need cc:gcc /usr/include/stdlib.h:libc6-dev
+}

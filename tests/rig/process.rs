@@ -3,6 +3,7 @@
 //! Each command is a process group of its own, so that Ctrl-C at the terminal reaches the test process
 //! alone and a command's children end with it.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -44,12 +45,21 @@ impl Output {
         self
     }
 
-    /// The derivations that Nix says it built.
+    /// How many derivations Nix says it built; over ssh-ng it announces each twice.
     pub fn built(&self) -> usize {
+        let named = |line: &'_ str| {
+            Some(
+                line.strip_prefix("building '")?
+                    .split('\'')
+                    .next()?
+                    .to_owned(),
+            )
+        };
         self.err
             .lines()
-            .filter(|l| l.starts_with("building '"))
-            .count()
+            .filter_map(named)
+            .collect::<BTreeSet<_>>()
+            .len()
     }
 
     /// The paths that Nix says it copied.
