@@ -23,6 +23,15 @@ impl Response {
             .map(|(_, v)| v.as_str())
     }
 
+    /// A field of the narinfo that the body is.
+    pub fn field(&self, name: &str) -> Option<String> {
+        self.text().lines().find_map(|line| {
+            line.strip_prefix(name)?
+                .strip_prefix(": ")
+                .map(str::to_owned)
+        })
+    }
+
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.body).into_owned()
     }

@@ -66,6 +66,20 @@ impl Lab {
         Machine::boot(Arc::clone(&self.hub), name, nix, number)
     }
 
+    /// A machine with the Nix under test that answers ssh and builds.
+    pub fn builder(&self, name: &str) -> Machine {
+        let builder = self.machine(name, Nix::under_test());
+        builder.sshd().daemon();
+        builder
+    }
+
+    /// A machine with the Nix under test and these builders in its `/etc/nix/machines`.
+    pub fn client(&self, builders: &[&str]) -> Machine {
+        let client = self.machine("client", Nix::under_test());
+        client.builders(builders);
+        client
+    }
+
     /// The folder that all machines see as `/lab`.
     pub fn share(&self) -> PathBuf {
         self.hub.share()

@@ -95,6 +95,21 @@ impl<'m> Muster<'m> {
         self.request("GET", target, &[])
     }
 
+    /// Asks for a store path's narinfo.
+    pub fn narinfo(&mut self, path: &str) -> Response {
+        self.get(&narinfo_target(path))
+    }
+
+    /// Asks for the NAR that a store path's narinfo names.
+    #[track_caller]
+    pub fn nar(&mut self, path: &str) -> Response {
+        let narinfo = self.narinfo(path);
+        let url = narinfo.field("URL");
+        let url = url
+            .unwrap_or_else(|| panic!("no narinfo of {path}: {}\n{}", narinfo.status, self.log()));
+        self.get(&format!("/{url}"))
+    }
+
     /// Asks over HTTP, on the first TCP address that it listens on.
     pub fn request(&mut self, method: &str, target: &str, headers: &[(&str, &str)]) -> Response {
         http::request(&self.socket(), method, target, headers)
@@ -161,6 +176,16 @@ impl Drop for Muster<'_> {
             eprintln!("{}: {}", self.machine.name, self.log());
         }
     }
+}
+
+/// What clients ask for to learn about a store path.
+pub fn narinfo_target(path: &str) -> String {
+    let hash: String = path
+        .trim_start_matches("/nix/store/")
+        .chars()
+        .take_while(|c| *c != '-')
+        .collect();
+    format!("/{hash}.narinfo")
 }
 
 /// What the lines for `nix.conf` start with.

@@ -76,6 +76,19 @@ impl Machine {
         )
     }
 
+    /// Gets a path by whatever way Nix finds, but within a minute.
+    pub fn realise(&self, path: &str) -> Output {
+        self.run_for(60.0, &format!("nix-store --realise '{path}'"))
+    }
+
+    /// Gets an attribute of the workload by whatever way Nix finds, but within a minute.
+    pub fn realise_attr(&self, attr: &str, args: &str) -> Output {
+        self.run_for(
+            60.0,
+            &format!("nix-build --no-out-link /lab/workload.nix -A {attr} {args}"),
+        )
+    }
+
     /// Builds an attribute of one output.
     #[track_caller]
     pub fn build_one(&self, attr: &str, args: &str) -> String {
