@@ -38,10 +38,7 @@ impl Lab {
         fs::set_permissions(&dir, fs::Permissions::from_mode(0o755))
             .expect("open the lab's folder");
         let hub = Hub::start(dir);
-        place(
-            Path::new(env!("CARGO_BIN_EXE_muster")),
-            &share.join("bin/muster"),
-        );
+        place(&muster(), &share.join("bin/muster"));
         place(
             &std::env::current_exe().expect("own path"),
             &share.join("helper"),
@@ -148,6 +145,11 @@ impl Drop for Hub {
         drop(child.stdin.take());
         let _ = child.wait();
     }
+}
+
+/// The program under test: what cargo built, or the one that `MUSTER` names.
+fn muster() -> PathBuf {
+    std::env::var_os("MUSTER").map_or_else(|| env!("CARGO_BIN_EXE_muster").into(), PathBuf::from)
 }
 
 /// The path of one of the rig's scripts.
