@@ -2,6 +2,7 @@
 
 mod rig;
 
+use rig::helper::LIAR;
 use rig::{Lab, Line, Nix};
 
 #[test]
@@ -129,4 +130,17 @@ fn the_workload_builds() {
         (builder.closure(&foo).len(), builder.closure(&foo_ref).len()),
         (1, 4)
     );
+}
+
+#[test]
+fn a_liar_changes_the_last_byte_of_a_nar() {
+    let lab = Lab::new();
+    let builder = lab.builder("b1");
+    let client = lab.client(&[]);
+    let path = builder.add_marked(64 * 1024);
+    let from = |uri: &str| client.run(&format!("nix copy --from 'ssh-ng://b1{uri}' {path}"));
+    from(&format!("?{LIAR}")).failed();
+    assert!(!client.valid(&path));
+    from("").ok();
+    assert_eq!(client.nar_hash(&path), builder.nar_hash(&path));
 }

@@ -4,20 +4,8 @@ mod rig;
 
 use std::fs;
 
-use rig::{Lab, Machine, Muster, helper};
-
-/// What a NAR of one file ends with, when the file ends so and its size is a multiple of eight.
-const LAST: &[u8] = b"LAST-OCT\x01\0\0\0\0\0\0\0)\0\0\0\0\0\0\0";
-
-/// Adds a file of so many bytes (a multiple of eight) whose NAR a lying daemon changes in its last byte.
-fn add_marked(builder: &Machine, bytes: usize) -> String {
-    let line = format!(
-        "mkdir -p /tmp/m && {{ head -c {} /dev/zero | tr '\\0' x; printf LAST-OCT; }} > /tmp/m/marked && \
-         nix-store --add /tmp/m/marked",
-        bytes - 8
-    );
-    builder.run(&line).ok().out.trim().to_owned()
-}
+use rig::helper::LIAR;
+use rig::{Lab, Muster};
 
 #[test]
 fn a_client_that_trusts_another_key_takes_nothing() {
@@ -65,11 +53,9 @@ fn a_nar_that_differs_in_its_last_byte_is_never_completed() {
     let lab = Lab::new();
     let (b1, b2) = (lab.builder("b1"), lab.builder("b2"));
     let client = lab.client(&[]);
-    fs::write(lab.share().join("bin/liar"), helper::flipping_daemon(LAST)).expect("write the liar");
-    client.run("chmod 755 /lab/bin/liar").ok();
-    let liar = "--upstream 'ssh-ng://root@b1?remote-program=/lab/bin/liar'";
+    let liar = format!("--upstream 'ssh-ng://root@b1?{LIAR}'");
     for bytes in [64 * 1024, 24 << 20] {
-        let path = add_marked(&b1, bytes);
+        let path = b1.add_marked(bytes);
         for compression in ["none", "zstd"] {
             client.fresh_store();
             let mut muster = Muster::serve(&client, &format!("{liar} --compression {compression}"));
@@ -94,7 +80,7 @@ fn a_nar_that_differs_in_its_last_byte_is_never_completed() {
             );
         }
         // An honest holder makes up for it, and the client sees nothing of this.
-        assert_eq!(add_marked(&b2, bytes), path);
+        assert_eq!(b2.add_marked(bytes), path);
         client.fresh_store();
         let muster = Muster::serve(&client, &format!("{liar} --upstream ssh-ng://root@b2"));
         client.substitutes_from(&muster);

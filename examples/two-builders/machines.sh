@@ -100,6 +100,7 @@ await_line() { # LINE FILE
 nix_conf='sandbox = false
 build-users-group =
 substituters =
+builders =
 require-sigs = true
 trusted-users = root
 max-jobs = 2

@@ -13,7 +13,9 @@ use std::env;
 use std::fs::{self, OpenOptions};
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -41,12 +43,37 @@ pub fn start(machine: &Machine, log: &str, words: &str) -> Process {
     process
 }
 
-/// A script that answers as `nix-daemon --stdio` does, but changes the last byte of every `pattern`.
-pub fn flipping_daemon(pattern: &[u8]) -> String {
-    let hex: Vec<String> = pattern.iter().map(|b| format!("{b:02x}")).collect();
-    let hex = hex.join("-");
-    format!("#!/bin/sh\nMUSTER_RIG_PROGRAM='flip {hex}' {HELPER} 3>&1 >/dev/null | cat\n")
+/// Lets every machine have `/lab/bin/liar`, which answers as `nix-daemon --stdio` does, but changes the last
+/// byte of the NAR of what [`Machine::add_marked`] added.
+pub fn write_liar(share: &Path) -> io::Result<()> {
+    let hex: Vec<String> = MARKED_END.iter().map(|b| format!("{b:02x}")).collect();
+    let program = format!("MUSTER_RIG_PROGRAM='flip {}' {HELPER}", hex.join("-"));
+    let liar = share.join("bin/liar");
+    fs::write(
+        &liar,
+        format!("#!/bin/sh\n{program} 3>&1 >/dev/null | cat\n"),
+    )?;
+    fs::set_permissions(liar, fs::Permissions::from_mode(0o755))
 }
+
+impl Machine {
+    /// Adds a file of so many bytes, a multiple of eight, whose NAR the liar changes.
+    #[track_caller]
+    pub fn add_marked(&self, bytes: usize) -> String {
+        let line = format!(
+            "mkdir -p /tmp/m && {{ head -c {} /dev/zero | tr '\\0' x; printf LAST-OCT; }} > /tmp/m/marked && \
+             nix-store --add /tmp/m/marked",
+            bytes - 8
+        );
+        self.run(&line).ok().out.trim().to_owned()
+    }
+}
+
+/// The parameter that makes an ssh-ng URI a liar.
+pub const LIAR: &str = "remote-program=/lab/bin/liar";
+
+/// What the NAR of a marked file ends with.
+const MARKED_END: &[u8] = b"LAST-OCT\x01\0\0\0\0\0\0\0)\0\0\0\0\0\0\0";
 
 const HELPER: &str =
     "/lab/helper --exact rig::helper::program --ignored --nocapture --test-threads=1";

@@ -11,6 +11,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
+use super::helper;
 use super::machine::Machine;
 use super::nix::Nix;
 use super::{eventually, process};
@@ -43,6 +44,7 @@ impl Lab {
             &std::env::current_exe().expect("own path"),
             &share.join("helper"),
         );
+        helper::write_liar(&share).expect("write the liar");
         let workload = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/rig/workload.nix");
         fs::copy(workload, share.join("workload.nix")).expect("copy the workload");
         fs::write(share.join("hosts"), "127.0.0.1 localhost\n").expect("write the hosts");

@@ -47,11 +47,13 @@ impl Nix {
     }
 }
 
-/// What Nix says at the start of its configuration on every machine; nothing is substituted from anywhere.
+/// What Nix's configuration starts with on every machine. Nothing is substituted from anywhere, and
+/// `/etc/nix/machines` is for Muster alone: a client that finds nothing builds by itself.
 pub const CONF: &str = "\
 sandbox = false
 build-users-group =
 substituters =
+builders =
 trusted-users = root guest
 max-jobs = 2
 cores = 1
