@@ -13,5 +13,8 @@
 //! ```
 
 pub mod cache;
+pub mod codec;
 pub mod nix;
+pub mod server;
+pub mod substituter;
 pub mod upstream;

@@ -6,11 +6,13 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::ops::Deref;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
 use super::hash::Hash;
+use super::path_info::Trust;
 use super::signature::{SecretKey, Signature};
 use super::store_path::StorePath;
 
@@ -30,6 +32,15 @@ pub struct Realisation {
     /// Outputs that this one was built from, where the store kept them.
     pub dependent_realisations: BTreeMap<DrvOutput, StorePath>,
 }
+
+/// A realisation that was checked; made by [`Realisation::verify`] alone, and only it is signed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VerifiedRealisation(Realisation);
+
+/// A realisation that nobody the operator trusts vouches for.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("realisation {0} has no signature by a trusted key")]
+pub struct UntrustedRealisation(DrvOutput);
 
 /// A text that is no realisation or name of one.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -112,12 +123,20 @@ impl Realisation {
         self.json(None)
     }
 
-    /// Adds a signature by each key, in place of an older one by a key of the same name.
-    pub fn sign(&mut self, keys: &[SecretKey]) {
-        let fingerprint = self.fingerprint();
-        for key in keys {
-            self.signatures.retain(|s| s.key_name() != key.name());
-            self.signatures.push(key.sign(&fingerprint));
+    /// Checks the claim against what its upstream is trusted with.
+    pub fn verify(self, trust: &Trust) -> Result<VerifiedRealisation, UntrustedRealisation> {
+        let trusted = match trust {
+            Trust::Operator => true,
+            Trust::Keys(keys) => {
+                let fingerprint = self.fingerprint();
+                let by_key = |s: &Signature| keys.iter().any(|k| k.verifies(&fingerprint, s));
+                self.signatures.iter().any(by_key)
+            }
+        };
+        if trusted {
+            Ok(VerifiedRealisation(self))
+        } else {
+            Err(UntrustedRealisation(self.id))
         }
     }
 
@@ -132,6 +151,29 @@ impl Realisation {
             signatures,
         };
         serde_json::to_string(&written).expect("maps with text keys always serialize")
+    }
+}
+
+impl VerifiedRealisation {
+    /// Adds a signature by each key, in place of an older one by a key of the same name.
+    pub fn sign(self, keys: &[SecretKey]) -> Realisation {
+        let mut realisation = self.0;
+        let fingerprint = realisation.fingerprint();
+        for key in keys {
+            realisation
+                .signatures
+                .retain(|s| s.key_name() != key.name());
+            realisation.signatures.push(key.sign(&fingerprint));
+        }
+        realisation
+    }
+}
+
+impl Deref for VerifiedRealisation {
+    type Target = Realisation;
+
+    fn deref(&self) -> &Realisation {
+        &self.0
     }
 }
 
