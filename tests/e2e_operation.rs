@@ -71,6 +71,28 @@ fn mistakes_are_named_with_their_place() {
 }
 
 #[test]
+fn each_upstream_is_printed_with_its_state() {
+    let lab = Lab::new();
+    let (b1, b2) = (lab.builder("b1"), lab.builder("b2"));
+    let client = lab.client(&["b1", "b2"]);
+    b2.dead();
+    let muster = Muster::serve(&client, "");
+    let said = |name: &str, words: &[&str]| {
+        let log = muster.log();
+        log.lines()
+            .any(|l| l.contains(name) && words.iter().all(|w| l.contains(w)))
+    };
+    assert!(
+        eventually(8.0, || said("b1", &["well"])),
+        "{}",
+        muster.log()
+    );
+    let refused = eventually(8.0, || said("b2", &["sick", "refused"]));
+    assert!(refused, "ssh's own words are shown\n{}", muster.log());
+    drop(b1);
+}
+
+#[test]
 fn a_bad_line_in_the_machines_file_spoils_no_other() {
     let lab = Lab::new();
     let b1 = lab.builder("b1");
@@ -277,6 +299,8 @@ fn after_a_crash_the_same_urls_are_answered() {
     muster.signal(Signal::KILL);
     muster.wait(5.0);
     drop(muster);
+    let ended = eventually(5.0, || client.processes("ssh").is_empty());
+    assert!(ended, "no ssh outlives the process that asked it");
 
     let mut muster = Muster::serve(&client, "");
     let after = muster.get(&url);
