@@ -3,6 +3,8 @@
 //! An upstream answers for its own store only and never recurses into further substituters. It
 //! decides nothing about trust, choice or retries over several stores: that is the substituter's.
 
+pub mod memory;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
