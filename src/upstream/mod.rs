@@ -4,6 +4,12 @@
 //! decides nothing about trust, choice or retries over several stores: that is the substituter's.
 
 pub mod memory;
+pub mod runtime_dir;
+pub mod ssh;
+pub mod ssh_command;
+pub mod ssh_diagnosis;
+pub mod ssh_process;
+pub mod wire;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
