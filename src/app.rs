@@ -21,7 +21,7 @@ use tracing::{error, info, warn};
 
 use crate::cache::memory;
 use crate::codec::compression::Encoding;
-use crate::codec::encoder::EncoderOptions;
+use crate::codec::compression::EncoderOptions;
 use crate::config::{Config, CompressionSetting};
 use crate::nix::cache_info::CacheInfo;
 use crate::server::{self, Info};

@@ -77,13 +77,13 @@ impl NarDigest {
 /// error is the last item. A source that fails after it gave all bytes, and the right ones, does no
 /// harm. Empty chunks are dropped, chunks over 256 KiB come in pieces. Dropping the stream drops the
 /// source.
-pub fn verified<S, E>(source: S, expected: (NarHash, u64)) -> VerifiedNar<S>
+pub fn verified<S, E>(source: S, nar_hash: NarHash, nar_size: u64) -> VerifiedNar<S>
 where
     S: Stream<Item = Result<Bytes, E>> + Unpin,
 {
     VerifiedNar {
         source,
-        expected,
+        expected: (nar_hash, nar_size),
         digest: NarDigest::default(),
         unread: Bytes::new(),
         held: None,
@@ -95,11 +95,15 @@ where
 ///
 /// It takes as much memory as came, at most the promised size, which is the caller's to bound.
 /// Dropping the future drops the source.
-pub async fn whole<S, E>(source: S, expected: (NarHash, u64)) -> Result<Bytes, DigestError<E>>
+pub async fn whole<S, E>(
+    source: S,
+    nar_hash: NarHash,
+    nar_size: u64,
+) -> Result<Bytes, DigestError<E>>
 where
     S: Stream<Item = Result<Bytes, E>> + Unpin,
 {
-    let mut chunks = verified(source, expected);
+    let mut chunks = verified(source, nar_hash, nar_size);
     let first = chunks.try_next().await?.unwrap_or_default();
     let Some(second) = chunks.try_next().await? else {
         return Ok(first);
@@ -222,7 +226,7 @@ mod tests {
         expected: (NarHash, u64),
     ) -> Vec<Result<Bytes, DigestError<&'static str>>> {
         let source = stream::iter(chunks.to_vec());
-        verified(source, expected)
+        verified(source, expected.0, expected.1)
             .collect::<Vec<_>>()
             .now_or_never()
             .unwrap()
@@ -312,7 +316,7 @@ mod tests {
     #[test]
     fn chunks_pass_at_once_until_the_last() {
         let source = stream::iter([chunk("ab"), chunk("cd")]).chain(stream::pending());
-        let mut nar = verified(source, promise("abcd"));
+        let mut nar = verified(source, NarHash::of(b"abcd"), 4);
         assert_eq!(nar.next().now_or_never().unwrap().unwrap().unwrap(), "ab");
         assert!(nar.next().now_or_never().is_none(), "the end has not come");
     }
@@ -322,7 +326,7 @@ mod tests {
         let nar = Bytes::from(vec![7; 3 * STEP_BYTES + 1]);
         let expected = (NarHash::of(&nar), nar.len() as u64);
         let source = stream::iter([Ok::<_, &str>(nar.clone())]);
-        let chunks: Vec<_> = verified(source, expected)
+        let chunks: Vec<_> = verified(source, expected.0, expected.1)
             .try_collect()
             .now_or_never()
             .unwrap()
@@ -335,13 +339,22 @@ mod tests {
     fn whole_gives_all_or_an_error() {
         for chunks in [&[chunk("abcd")][..], &[chunk("a"), chunk("bc"), chunk("d")]] {
             let source = stream::iter(chunks.to_vec());
-            let nar = whole(source, promise("abcd")).now_or_never().unwrap();
+            let nar = whole(source, NarHash::of(b"abcd"), 4)
+                .now_or_never()
+                .unwrap();
             assert_eq!(nar.unwrap(), "abcd");
         }
         let source = stream::iter([chunk("abcx")]);
-        let nar = whole(source, promise("abcd")).now_or_never().unwrap();
+        let nar = whole(source, NarHash::of(b"abcd"), 4)
+            .now_or_never()
+            .unwrap();
         assert!(matches!(nar, Err(DigestError::Mismatch { .. })));
         let source = stream::iter([] as [Item; 0]);
-        assert!(whole(source, promise("a")).now_or_never().unwrap().is_err());
+        assert!(
+            whole(source, NarHash::of(b"a"), 1)
+                .now_or_never()
+                .unwrap()
+                .is_err()
+        );
     }
 }

@@ -81,10 +81,14 @@ where
 
 #[cfg(test)]
 mod tests {
-    use futures_util::executor::block_on;
     use proptest::prelude::*;
 
     use super::*;
+
+    fn all<T>(items: impl Stream<Item = T>) -> Vec<T> {
+        let runtime = tokio::runtime::Builder::new_current_thread().build();
+        runtime.unwrap().block_on(items.collect())
+    }
 
     fn source(sizes: &[usize], fail: bool) -> impl Stream<Item = Result<Bytes, ()>> + Send + Unpin {
         let mut next = 0_u8;
@@ -109,9 +113,9 @@ mod tests {
             a in 0_u64..300,
             b in 0_u64..300,
         ) {
-            let whole: Vec<u8> = block_on(source(&sizes, false).map(Result::unwrap).collect::<Vec<_>>()).concat();
             let range = a.min(b)..a.max(b);
-            let part: Vec<u8> = block_on(slice(source(&sizes, false), range.clone()).map(Result::unwrap).collect::<Vec<_>>()).concat();
+            let whole = all(source(&sizes, false).map(Result::unwrap)).concat();
+            let part = all(slice(source(&sizes, false), range.clone()).map(Result::unwrap)).concat();
             let size = whole.len();
             let cut = |at: u64| usize::try_from(at).unwrap().min(size);
             prop_assert_eq!(&part[..], &whole[cut(range.start)..cut(range.end)]);
@@ -120,7 +124,7 @@ mod tests {
 
     #[test]
     fn the_last_chunk_is_kept_when_the_stream_fails_behind_the_part() {
-        let items: Vec<_> = block_on(slice(source(&[10, 10, 10], true), 0..20).collect());
+        let items = all(slice(source(&[10, 10, 10], true), 0..20));
         assert_eq!(items.len(), 2);
         assert_eq!(items[0].as_ref().unwrap().len(), 10);
         assert!(items[1].is_err());

@@ -1,6 +1,7 @@
 //! The formats and words of Nix: pure values and texts, without I/O, async or a clock.
 
 pub mod base32;
+pub mod build_trace;
 pub mod cache_info;
 pub mod content_address;
 pub mod fingerprint;

@@ -13,6 +13,7 @@ use crate::nix::store_path::{StoreDir, StorePathHash};
 use crate::upstream::{Error, Link, Upstream};
 
 use super::health::{self, Record, Standing};
+use super::now;
 
 /// An upstream with the operator's word on it and what was seen of it.
 pub struct Member {
@@ -205,11 +206,11 @@ impl Member {
         let mut link = self.link.clone();
         loop {
             link.borrow_and_update();
-            let recheck = match self.standing(Instant::now()) {
+            let recheck = match self.standing(now()) {
                 Standing::Sick => return,
                 Standing::Connecting { until } => until.into(),
                 // A second time-out running is noticed by those who wait, too.
-                Standing::Well => tokio::time::Instant::now() + RECHECK,
+                Standing::Well => (now() + RECHECK).into(),
             };
             if let Ok(Err(_closed)) = tokio::time::timeout_at(recheck, link.changed()).await {
                 return;

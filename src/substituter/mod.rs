@@ -33,10 +33,11 @@ use tracing::{info, warn};
 use crate::cache::memory::{self, Entry, Lookup, NarInfoCache, UpstreamId};
 use crate::cache::policy::Freshness;
 use crate::cache::single_flight::SingleFlight;
-use crate::codec::encoder::Encoder;
+use crate::codec::compression::Encoder;
+use crate::nix::build_trace::{BuildTraceEntry, BuildTraceKey};
 use crate::nix::narinfo::NarInfo;
 use crate::nix::path_info::{PathInfo, Trust, Verified};
-use crate::nix::realisation::{DrvOutput, Realisation};
+use crate::nix::realisation::{DrvOutput, Realisation, UntrustedRealisation};
 use crate::nix::store_path::{StoreDir, StorePath, StorePathHash};
 
 use counters::Counters;
@@ -118,7 +119,7 @@ impl Substituter {
                 .max_capacity(CORRUPT_MAX)
                 .time_to_live(CORRUPT_TTL)
                 .build(),
-            encoder: Encoder::new(options.transfer.encoder),
+            encoder: Encoder::new(options.transfer.encoder.clone()),
             options,
         };
         let shared = Arc::new(shared);
@@ -152,55 +153,40 @@ impl Substituter {
     /// Returns the build log of a derivation, from the first upstream that has one.
     pub async fn build_log(&self, derivation: &StorePath) -> Option<Bytes> {
         let setup = self.shared.setup();
-        let mut asked: FuturesUnordered<_> = setup
-            .members
-            .iter()
-            .filter(|member| !member.is_sick())
-            .map(|member| async move {
-                let answer = tokio::time::timeout(LOG_PATIENCE, async {
-                    tokio::select! {
-                        log = member.upstream.build_log(derivation) => log.ok().flatten(),
-                        () = member.sickness() => None,
-                    }
-                });
-                answer.await.ok().flatten()
+        let ask = |member: Arc<Member>| async move {
+            let log = member.upstream.build_log(derivation).await;
+            log.inspect_err(|error| {
+                let upstream = member.upstream.name();
+                tracing::debug!(upstream, %derivation, %error, "no build log");
             })
-            .collect();
-        while let Some(log) = asked.next().await {
-            if log.is_some() {
-                return log;
-            }
-        }
-        None
+            .ok()?
+        };
+        let first = first_of(&setup.members, ask);
+        tokio::time::timeout(LOG_PATIENCE, first).await.ok()?
     }
 
     /// Returns a signed realisation, from the first upstream that is believed.
     pub async fn realisation(&self, id: &DrvOutput) -> Option<Realisation> {
         let setup = self.shared.setup();
-        let mut asked: FuturesUnordered<_> = setup
-            .members
-            .iter()
-            .filter(|member| !member.is_sick())
-            .map(|member| async move {
-                let answer = tokio::select! {
-                    answer = member.upstream.realisation(id) => member.note(answer).ok().flatten(),
-                    () = member.sickness() => None,
-                };
-                answer.and_then(|claim| match claim.verify(&member.trust) {
-                    Ok(verified) => Some(verified),
-                    Err(error) => {
-                        warn!(upstream = member.upstream.name(), %error, "realisation refused");
-                        None
-                    }
-                })
-            })
-            .collect();
-        while let Some(answer) = asked.next().await {
-            if let Some(verified) = answer.filter(|v| v.id == *id) {
-                return Some(verified.sign(&setup.publisher.keys));
-            }
-        }
-        None
+        let ask = |member: Arc<Member>| async move {
+            let claim = member.note(member.upstream.realisation(id).await).ok()??;
+            let verified = claim.verify(&member.trust);
+            verified.inspect_err(|e| refuse(&member, e)).ok()
+        };
+        let verified = first_of(&setup.members, ask).await?;
+        Some(verified.sign(&setup.publisher.keys))
+    }
+
+    /// Returns a signed build trace entry, from the first upstream that is believed.
+    pub async fn build_trace(&self, key: &BuildTraceKey) -> Option<BuildTraceEntry> {
+        let setup = self.shared.setup();
+        let ask = |member: Arc<Member>| async move {
+            let claim = member.note(member.upstream.build_trace(key).await).ok()??;
+            let verified = claim.verify(&member.trust);
+            verified.inspect_err(|e| refuse(&member, e)).ok()
+        };
+        let verified = first_of(&setup.members, ask).await?;
+        Some(verified.sign(&setup.publisher.keys))
     }
 
     /// Takes new upstreams and keys; what was known through the old ones is forgotten.
@@ -238,10 +224,10 @@ impl Substituter {
 
     /// Probes sick upstreams and notices when the machine has slept; runs until it is dropped.
     pub async fn care(&self) {
-        let mut clock = (Instant::now(), SystemTime::now());
+        let mut clock = (now(), SystemTime::now());
         loop {
             tokio::time::sleep(CARE_INTERVAL).await;
-            let now = (Instant::now(), SystemTime::now());
+            let now = (now(), SystemTime::now());
             let setup = self.shared.setup();
             if has_slept(clock, now) {
                 info!("the machine was asleep, connecting anew");
@@ -336,7 +322,7 @@ impl Shared {
 
     /// Notes that an upstream does not have a path any more.
     fn forget_holder(&self, hash: StorePathHash, id: UpstreamId) {
-        if let Lookup::Present(entry, _) = self.cache.get(hash, Instant::now())
+        if let Lookup::Present(entry, _) = self.cache.get(hash, now())
             && entry.remove_holder(id)
         {
             self.cache.remove(hash);
@@ -426,13 +412,47 @@ impl Setup {
 
 impl Member {
     fn is_sick(&self) -> bool {
-        self.standing(Instant::now()) == health::Standing::Sick
+        self.standing(now()) == health::Standing::Sick
     }
 
     /// Tells whether the operator vouches for this upstream.
     pub fn is_trusted(&self) -> bool {
         matches!(self.trust, Trust::Operator)
     }
+}
+
+/// Tells the time by the runtime's clock, which tests can stop.
+fn now() -> Instant {
+    tokio::time::Instant::now().into_std()
+}
+
+/// Asks all upstreams that are not sick at once, and returns the first answer.
+async fn first_of<T, F>(members: &[Arc<Member>], ask: impl Fn(Arc<Member>) -> F) -> Option<T>
+where
+    F: Future<Output = Option<T>>,
+{
+    let waited_for = members.iter().filter(|member| !member.is_sick());
+    let mut asked: FuturesUnordered<_> = waited_for
+        .map(|member| {
+            let answer = ask(Arc::clone(member));
+            async move {
+                tokio::select! {
+                    answer = answer => answer,
+                    () = member.sickness() => None,
+                }
+            }
+        })
+        .collect();
+    while let Some(answer) = asked.next().await {
+        if answer.is_some() {
+            return answer;
+        }
+    }
+    None
+}
+
+fn refuse(member: &Member, error: &UntrustedRealisation) {
+    warn!(upstream = member.upstream.name(), %error, "refused");
 }
 
 /// Tells whether the wall clock ran well ahead of the monotonic one, which stops in sleep.

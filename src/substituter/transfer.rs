@@ -17,9 +17,8 @@ use tracing::{debug, warn};
 
 use crate::cache::memory::UpstreamId;
 use crate::codec::compression::Encoding;
+use crate::codec::compression::{EncodeError, EncoderOptions};
 use crate::codec::digest::{self, DigestError};
-use crate::codec::encoder::{EncodeError, EncoderOptions};
-use crate::nix::hash::NarHash;
 use crate::nix::path_info::{PathInfo, Verified};
 use crate::upstream::{self, NarStream};
 
@@ -103,7 +102,7 @@ pub(super) async fn open(shared: &Arc<Shared>, url: &NarUrl) -> Option<Nar> {
         NarBody::Stream(match url.encoding {
             Encoding::None => checked,
             encoding => {
-                let encoded = encoder.encode_stream(encoding, checked, size_bytes);
+                let encoded = encoder.encode_stream(encoding, size_bytes, checked);
                 let cut = |error| match error {
                     EncodeError::Source(error) => error,
                     EncodeError::Encoder(error) => Error::Encoder(error.to_string()),
@@ -173,13 +172,14 @@ impl Source {
 
     /// Reads and checks the whole NAR from the first holder that gives it rightly.
     async fn whole(&mut self) -> Option<Bytes> {
-        let kib = u32::try_from(self.info.nar_size.div_ceil(1024)).unwrap_or(u32::MAX);
+        let size_bytes = self.info.nar_size;
+        let kib = u32::try_from(size_bytes.div_ceil(1024)).unwrap_or(u32::MAX);
         let permits = kib.clamp(1, self.shared.options.transfer.whole_kib_max);
         let bound = Arc::clone(&self.shared.whole_nars);
         let permit = bound.acquire_many_owned(permits).await.ok()?;
         while let Some((member, stream)) = self.next_holder().await {
             let stalling = with_stall(stream, self.shared.options.transfer.stall_last);
-            match digest::whole(stalling, self.promised()).await {
+            match digest::whole(stalling, self.info.nar_hash, size_bytes).await {
                 Ok(nar) => {
                     self.shared.counters.nar_bytes.add(nar.len() as u64);
                     let held = Held {
@@ -198,10 +198,9 @@ impl Source {
     /// Begins a checked stream; `None` when no holder gives a first byte.
     async fn stream(mut self) -> Option<BoxStream<'static, Result<Bytes, Error>>> {
         let current = self.next_holder().await?;
-        let promised = self.promised();
         let (shared, info) = (Arc::clone(&self.shared), self.info.clone());
         let last = Arc::new(std::sync::Mutex::new(Arc::clone(&current.0)));
-        let relay = Relay {
+        let mut relay = Relay {
             source: self,
             current: Some(current),
             last: Arc::clone(&last),
@@ -209,11 +208,16 @@ impl Source {
             skip: 0,
             cause: upstream::Error::Down("it has not been tried".into()),
         };
-        let relayed = stream::unfold(relay, |mut relay| async move {
+        // Nothing is promised to the client before somebody gives a first chunk.
+        let Some(Ok(first)) = relay.next().await else {
+            return None;
+        };
+        let rest = stream::unfold(relay, |mut relay| async move {
             let item = relay.next().await?;
             Some((item, relay))
         });
-        let checked = digest::verified(relayed.boxed(), promised);
+        let relayed = stream::iter([Ok(first)]).chain(rest);
+        let checked = digest::verified(relayed.boxed(), info.nar_hash, info.nar_size);
         let named = checked.map(move |item| match item {
             Ok(chunk) => {
                 shared.counters.nar_bytes.add(chunk.len() as u64);
@@ -238,10 +242,6 @@ impl Source {
             }
         });
         Some(named.boxed())
-    }
-
-    fn promised(&self) -> (NarHash, u64) {
-        (self.info.nar_hash, self.info.nar_size)
     }
 
     /// Opens the NAR at the next holder that has it.

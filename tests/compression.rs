@@ -9,8 +9,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::stream::{self, Stream, StreamExt as _, TryStreamExt as _};
-use muster::codec::compression::Encoding;
-use muster::codec::encoder::{EncodeError, Encoder, EncoderOptions};
+use muster::codec::compression::{EncodeError, Encoder, EncoderOptions, Encoding};
 
 const COMPRESSED: [Encoding; 2] = [Encoding::Zstd, Encoding::Xz];
 
@@ -41,7 +40,7 @@ fn chunks(
 }
 
 async fn encode(encoding: Encoding, nar: &[u8], chunk: usize) -> Vec<u8> {
-    let encoded = encoder().encode_stream(encoding, chunks(nar, chunk), nar.len() as u64);
+    let encoded = encoder().encode_stream(encoding, nar.len() as u64, chunks(nar, chunk));
     encoded.try_concat_bytes().await.unwrap()
 }
 
@@ -138,7 +137,7 @@ async fn a_source_that_fails_leaves_a_frame_without_end() {
         for good in [0, 1, 5, 11, 12] {
             let ok = chunks(&nar, 250_000).take(good).map_err(|e| match e {});
             let broken = ok.chain(stream::iter([Err("gone"), Ok(Bytes::from_static(b"more"))]));
-            let mut encoded = encoder().encode_stream(encoding, broken, nar.len() as u64);
+            let mut encoded = encoder().encode_stream(encoding, nar.len() as u64, broken);
             let mut bytes = vec![];
             let error = loop {
                 match encoded.next().await.unwrap() {
@@ -159,7 +158,7 @@ async fn a_source_that_fails_leaves_a_frame_without_end() {
 async fn another_size_than_promised_is_an_error() {
     let nar = nar(1_000_000);
     for promised in [999_999, 1_000_001] {
-        let encoded = encoder().encode_stream(Encoding::Zstd, chunks(&nar, 65_536), promised);
+        let encoded = encoder().encode_stream(Encoding::Zstd, promised, chunks(&nar, 65_536));
         let broken = encoded.try_concat_bytes().await;
         assert!(matches!(broken, Err(EncodeError::Encoder(_))), "{promised}");
     }
@@ -168,7 +167,7 @@ async fn another_size_than_promised_is_an_error() {
 #[tokio::test]
 async fn none_passes_everything_through() {
     let source = stream::iter([Ok(Bytes::from_static(b"a")), Err("gone"), Ok(Bytes::new())]);
-    let mut plain = encoder().encode_stream(Encoding::None, source, 1);
+    let mut plain = encoder().encode_stream(Encoding::None, 1, source);
     assert_eq!(plain.next().await.unwrap().unwrap(), "a");
     assert!(matches!(
         plain.next().await,
@@ -193,7 +192,7 @@ fn counted(
 async fn a_client_that_does_not_read_stops_the_source() {
     for encoding in COMPRESSED {
         let asked = Arc::new(AtomicUsize::new(0));
-        let mut encoded = encoder().encode_stream(encoding, counted(&asked), 1 << 40);
+        let mut encoded = encoder().encode_stream(encoding, 1 << 40, counted(&asked));
         encoded.next().await.unwrap().unwrap();
         tokio::time::sleep(Duration::from_millis(200)).await;
         let before = asked.load(Ordering::Relaxed);
@@ -217,12 +216,12 @@ async fn slow_readers_do_not_hold_the_permit() {
     let asked = Arc::new(AtomicUsize::new(0));
     let mut stalled = vec![];
     for _ in 0..5 {
-        let mut encoded = one.encode_stream(Encoding::Zstd, counted(&asked), 1 << 40);
+        let mut encoded = one.encode_stream(Encoding::Zstd, 1 << 40, counted(&asked));
         encoded.next().await.unwrap().unwrap();
         stalled.push(encoded);
     }
     let nar = nar(3_000_000);
-    let other = one.encode_stream(Encoding::Zstd, chunks(&nar, 65_536), nar.len() as u64);
+    let other = one.encode_stream(Encoding::Zstd, nar.len() as u64, chunks(&nar, 65_536));
     let encoded = tokio::time::timeout(Duration::from_secs(20), other.try_concat_bytes()).await;
     assert!(decode(Encoding::Zstd, &encoded.unwrap().unwrap()).unwrap() == nar);
 }
@@ -235,7 +234,7 @@ async fn many_transfers_share_the_permits() {
         ..EncoderOptions::default()
     });
     let transfers = (0..20).map(|_| {
-        two.encode_stream(Encoding::Zstd, chunks(&nar, 100_000), nar.len() as u64)
+        two.encode_stream(Encoding::Zstd, nar.len() as u64, chunks(&nar, 100_000))
             .try_concat_bytes()
     });
     let all = futures_util::future::join_all(transfers).await;
