@@ -27,11 +27,14 @@ impl Substituter {
             for member in &setup.members {
                 // One that hangs is left to itself; the others, and the clock, are not.
                 if member.begin_care() {
-                    let (shared, member) = (Arc::clone(&self.shared), Arc::clone(member));
-                    self.shared.tasks.spawn(async move {
-                        shared.care_for(&member, now.0).await;
-                        member.end_care();
+                    let (shared, cared) = (Arc::clone(&self.shared), Arc::clone(member));
+                    let begun = self.shared.tasks.spawn(async move {
+                        shared.care_for(&cared, now.0).await;
+                        cared.end_care();
                     });
+                    if !begun {
+                        member.end_care();
+                    }
                 }
             }
         }
