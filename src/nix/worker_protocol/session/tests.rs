@@ -4,6 +4,7 @@ use super::super::fuzz::{fuzz, run};
 use super::super::request::{Encoder, Request};
 use super::super::wire::Writer;
 use super::*;
+use crate::nix::build_trace::{BuildTraceEntry, BuildTraceKey};
 
 const HELLO: &str = "cr06m10v2k1pimvwgaybw5hv9i9dg7ck-hello-proto";
 const REF: &str = "i4f75pn3bxkxdk2kld86k5qazq4cqj8i-hello";
@@ -308,9 +309,15 @@ fn realisations_in_three_forms() {
         LAST,
         N(0),
     ];
-    let questions = [Awaited::BuildTrace, Awaited::BuildTrace];
+    let derivation = path("i4f75pn3bxkxdk2kld86k5qazq4cqj8i-hello.drv");
+    let key = BuildTraceKey::new(derivation, "out").unwrap();
+    let questions = [
+        Awaited::BuildTrace(key.clone()),
+        Awaited::BuildTrace(key.clone()),
+    ];
     let (events, _) = run(&new, &questions, &script(&items), std::iter::repeat(3));
-    let known = reply::BuildTrace {
+    let known = BuildTraceEntry {
+        key,
         out_path: path(HELLO),
         signatures: vec![],
     };
