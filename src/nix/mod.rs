@@ -15,3 +15,4 @@ pub mod realisation;
 pub mod signature;
 pub mod store_path;
 pub mod store_uri;
+pub mod worker_protocol;

@@ -1,6 +1,6 @@
 //! A substituter over scripted upstreams, served on a real socket.
 
-#![allow(dead_code, reason = "each test binary uses its own part")]
+#![expect(dead_code, reason = "each test binary uses its own part")]
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -252,7 +252,7 @@ pub fn options() -> substituter::Options {
 pub fn setup(upstreams: &[Arc<Scripted>], trust: &Trust, encoding: Encoding) -> Setup {
     let member = |(place, upstream): (usize, &Arc<Scripted>)| {
         Arc::new(Member::new(
-            UpstreamId(place as u16),
+            UpstreamId(u16::try_from(place).unwrap()),
             Arc::clone(upstream) as Arc<dyn Upstream>,
             trust.clone(),
             health::Options::default(),
@@ -398,10 +398,7 @@ fn dechunk(mut raw: &[u8]) -> (Vec<u8>, bool) {
 
 /// The target of a NAR, as the narinfo names it.
 pub fn nar_target(narinfo: &Answer) -> String {
-    let line = narinfo
-        .text()
-        .lines()
-        .find(|l| l.starts_with("URL: "))
-        .unwrap();
-    format!("/{}", &line["URL: ".len()..])
+    let mut lines = narinfo.text().lines();
+    let url = lines.find_map(|line| line.strip_prefix("URL: "));
+    format!("/{}", url.unwrap())
 }
