@@ -7,6 +7,7 @@ pub mod content_address;
 pub mod fingerprint;
 pub mod hash;
 pub mod host_key;
+pub mod machines;
 pub mod nar;
 pub mod narinfo;
 pub mod path_info;
