@@ -58,6 +58,12 @@ impl Handler {
                     .map(|r| response::whole("application/json", Bytes::from(r.render())))
                     .ok_or(Error::NotFound)
             }
+            Route::BuildTrace(key) => {
+                let entry = self.substituter.build_trace(&key).await;
+                entry
+                    .map(|e| response::whole("application/json", Bytes::from(e.render())))
+                    .ok_or(Error::NotFound)
+            }
             Route::PublicKey => {
                 let keys = self.info.borrow().public_keys.clone();
                 Ok(response::whole(response::TEXT, keys))

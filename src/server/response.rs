@@ -24,6 +24,8 @@ pub enum Body {
         stream: BoxStream<'static, Result<Bytes, transfer::Error>>,
         /// Bytes still to come; `None` where it is not known beforehand.
         left: Option<u64>,
+        /// An error that waits until what came before it has been sent.
+        failure: Option<transfer::Error>,
     },
 }
 
@@ -41,6 +43,7 @@ pub fn stream(
     let body = Body::Stream {
         stream,
         left: length,
+        failure: None,
     };
     with_type(Response::new(body), content_type)
 }
@@ -116,12 +119,30 @@ impl HttpBody for Body {
     ) -> Poll<Option<Result<Frame<Bytes>, transfer::Error>>> {
         match self.get_mut() {
             Self::Whole(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
-            Self::Stream { stream, left } => {
-                let item = std::task::ready!(Pin::new(stream).poll_next(context));
-                if let (Some(Ok(chunk)), Some(left)) = (&item, left) {
-                    *left = left.saturating_sub(chunk.len() as u64);
+            Self::Stream {
+                stream,
+                left,
+                failure,
+            } => {
+                if let Some(error) = failure.take() {
+                    return Poll::Ready(Some(Err(error)));
                 }
-                Poll::Ready(item.map(|item| item.map(Frame::data)))
+                match std::task::ready!(Pin::new(stream).poll_next(context)) {
+                    Some(Ok(chunk)) => {
+                        if let Some(left) = left {
+                            *left = left.saturating_sub(chunk.len() as u64);
+                        }
+                        Poll::Ready(Some(Ok(Frame::data(chunk))))
+                    }
+                    Some(Err(error)) => {
+                        // hyper throws away what it has not sent yet, the head too, when a body
+                        // fails; while the body is pending it sends it. So the client sees a cut.
+                        *failure = Some(error);
+                        context.waker().wake_by_ref();
+                        Poll::Pending
+                    }
+                    None => Poll::Ready(None),
+                }
             }
         }
     }

@@ -2,6 +2,7 @@
 
 use percent_encoding::percent_decode_str;
 
+use crate::nix::build_trace::BuildTraceKey;
 use crate::nix::realisation::DrvOutput;
 use crate::nix::store_path::{StorePath, StorePathHash};
 use crate::substituter::nar_url::NarUrl;
@@ -19,6 +20,8 @@ pub enum Route {
     Log(StorePath),
     /// `/realisations/<hash>!<output>.doi`, up to Nix 2.34
     Realisation(DrvOutput),
+    /// `/build-trace-v2/<drv>/<output>.doi`, Nix 2.35 and later
+    BuildTrace(BuildTraceKey),
     /// `/healthz`
     Health,
     /// `/public-key`
@@ -58,9 +61,11 @@ impl Route {
                     derivation
                         .is_derivation()
                         .then_some(Self::Log(derivation))?
-                } else {
-                    let file = path.strip_prefix("realisations/")?;
+                } else if let Some(file) = path.strip_prefix("realisations/") {
                     Self::Realisation(file.strip_suffix(".doi")?.parse().ok()?)
+                } else {
+                    let file = path.strip_prefix("build-trace-v2/")?;
+                    Self::BuildTrace(BuildTraceKey::parse(file)?)
                 }
             }
         })
@@ -96,6 +101,12 @@ mod tests {
             let path = format!("/realisations/sha256:{HEX}{bang}out.doi");
             assert!(matches!(parse(&path), Route::Realisation(_)), "{path}");
         }
+    }
+
+    #[test]
+    fn build_traces_of_nix_2_35() {
+        let trace = format!("/build-trace-v2/{PATH}-hello.drv/out.doi");
+        assert!(matches!(parse(&trace), Route::BuildTrace(_)), "{trace}");
     }
 
     #[test]

@@ -6,7 +6,6 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::time::Instant;
 
 use tracing::debug;
 
@@ -14,8 +13,9 @@ use crate::cache::memory::Lookup;
 use crate::nix::path_info::PathInfo;
 use crate::nix::store_path::{StorePath, StorePathHash};
 
-use super::Shared;
 use super::member::{Answer, Member};
+use super::now;
+use super::shared::Shared;
 
 /// The bounds of walking closures.
 #[derive(Clone, Debug)]
@@ -120,9 +120,7 @@ impl Walk {
             let Answer::Found(info) = self.member.verify(claim, setup.store_dir()) else {
                 continue;
             };
-            let entry = self
-                .shared
-                .commit(&setup, &self.member, &info, Instant::now());
+            let entry = self.shared.commit(&setup, &self.member, &info, now());
             self.shared.counters.narinfo_prefetched.increment();
             landing.land(Some(entry));
             next.extend(self.unknown(&info.references));
@@ -133,7 +131,7 @@ impl Walk {
 
     /// Returns those that were not seen on this walk and are not known.
     fn unknown(&mut self, references: &[StorePath]) -> Vec<StorePath> {
-        let now = Instant::now();
+        let now = now();
         let mut unknown = Vec::new();
         for path in references {
             let hash = path.hash();

@@ -1,6 +1,6 @@
 //! One upstream as the substituter sees it: with its trust and its health.
 
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,7 @@ use crate::nix::store_path::{StoreDir, StorePathHash};
 use crate::upstream::{Error, Link, Upstream};
 
 use super::health::{self, Record, Standing};
+use super::now;
 
 /// An upstream with the operator's word on it and what was seen of it.
 pub struct Member {
@@ -28,6 +29,7 @@ pub struct Member {
     record: Mutex<Record>,
     /// What asking it for a path that nobody can have has shown about it.
     vetting: AtomicU8,
+    in_care: AtomicBool,
     /// Answers that were refused: unsigned path infos, NARs of another hash.
     pub refused: AtomicU64,
     /// Path infos that were found here.
@@ -61,6 +63,7 @@ impl Member {
             options,
             record: Mutex::new(Record::new(now)),
             vetting: AtomicU8::new(UNVETTED),
+            in_care: AtomicBool::new(false),
             refused: AtomicU64::new(0),
             found: AtomicU64::new(0),
         }
@@ -194,6 +197,18 @@ impl Member {
         }
     }
 
+    /// Claims the care for this upstream; `false` while an earlier round goes on.
+    ///
+    /// The upstream's own time-outs bound a round.
+    pub fn begin_care(&self) -> bool {
+        !self.in_care.swap(true, Ordering::Relaxed)
+    }
+
+    /// Lets the next round begin.
+    pub fn end_care(&self) {
+        self.in_care.store(false, Ordering::Relaxed);
+    }
+
     /// Begins anew after the machine slept: old connections are dead, old time-outs mean nothing.
     pub fn wake(&self, now: Instant) {
         *self.record() = Record::new(now);
@@ -205,11 +220,11 @@ impl Member {
         let mut link = self.link.clone();
         loop {
             link.borrow_and_update();
-            let recheck = match self.standing(Instant::now()) {
+            let recheck = match self.standing(now()) {
                 Standing::Sick => return,
                 Standing::Connecting { until } => until.into(),
                 // A second time-out running is noticed by those who wait, too.
-                Standing::Well => tokio::time::Instant::now() + RECHECK,
+                Standing::Well => (now() + RECHECK).into(),
             };
             if let Ok(Err(_closed)) = tokio::time::timeout_at(recheck, link.changed()).await {
                 return;

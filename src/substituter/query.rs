@@ -1,7 +1,6 @@
 //! A narinfo request: what is kept, else all upstreams at once, the first trusted answer wins.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
@@ -13,21 +12,22 @@ use crate::nix::store_path::StorePathHash;
 
 use super::health::Standing;
 use super::member::{Answer, Member};
-use super::{Setup, Shared, closure};
+use super::shared::Shared;
+use super::{Setup, closure, now};
 
 /// Finds the narinfo of a hash part.
 ///
 /// Dropped, the question goes on if somebody else asks it too, and is given up otherwise.
 pub(super) async fn entry(shared: &Arc<Shared>, hash: StorePathHash) -> Option<Arc<Entry>> {
     loop {
-        let now = Instant::now();
-        match shared.cache.get(hash, now) {
+        let asked = now();
+        match shared.cache.get(hash, asked) {
             Lookup::Present(entry, freshness) => {
                 shared.counters.narinfo_memory_hits.increment();
                 if freshness == Freshness::Stale {
                     revalidate(shared, hash, &entry);
                 }
-                shared.keep(hash, &entry, now);
+                shared.keep(hash, &entry, asked);
                 return Some(entry);
             }
             Lookup::Absent => {
@@ -41,7 +41,7 @@ pub(super) async fn entry(shared: &Arc<Shared>, hash: StorePathHash) -> Option<A
         // An announced flight that was abandoned: look again, and lead this time.
         if let Some(answer) = shared.flights.join(hash, lead).await {
             if let Some(entry) = &answer {
-                shared.keep(hash, entry, Instant::now());
+                shared.keep(hash, entry, now());
             }
             return answer;
         }
@@ -57,7 +57,7 @@ async fn ask_all(shared: Arc<Shared>, hash: StorePathHash) -> Option<Arc<Entry>>
         match answer {
             Answer::Found(verified) => {
                 shared.counters.narinfo_found.increment();
-                let entry = shared.commit(&setup, &member, &verified, Instant::now());
+                let entry = shared.commit(&setup, &member, &verified, now());
                 note_late_answers(&shared, asked, &entry);
                 closure::follow(&shared, &member, &verified);
                 return Some(entry);
@@ -68,7 +68,7 @@ async fn ask_all(shared: Arc<Shared>, hash: StorePathHash) -> Option<Arc<Entry>>
     }
     if complete {
         shared.counters.narinfo_absent.increment();
-        shared.cache.commit_absent(hash, Instant::now());
+        shared.cache.commit_absent(hash, now());
     } else {
         debug!(path.hash = %hash, "answered 404 without full knowledge");
         shared.counters.narinfo_absent_unsure.increment();
@@ -79,7 +79,7 @@ async fn ask_all(shared: Arc<Shared>, hash: StorePathHash) -> Option<Arc<Entry>>
 type Asked = FuturesUnordered<futures_util::future::BoxFuture<'static, (Arc<Member>, Answer)>>;
 
 fn ask(setup: &Arc<Setup>, hash: StorePathHash, complete: &mut bool) -> Asked {
-    let now = Instant::now();
+    let now = now();
     let asked = Asked::new();
     for member in &setup.members {
         if member.standing(now) == Standing::Sick {
@@ -173,7 +173,7 @@ async fn ask_again(shared: &Arc<Shared>, hash: StorePathHash, entry: &Arc<Entry>
             Answer::Unknown => complete = false,
         }
     }
-    let now = Instant::now();
+    let now = now();
     let mut same = same.into_iter();
     if let Some((member, info)) = same.next() {
         let fresh = shared.recommit(&setup, &member, &info, now);

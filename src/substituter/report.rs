@@ -7,14 +7,14 @@ use serde_json::{Value, json};
 
 use crate::upstream::Link;
 
-use super::Substituter;
 use super::health::Standing;
 use super::member::Member;
+use super::{Substituter, now};
 
 impl Substituter {
     /// Returns upstreams and figures. `status` is `ok`, or `degraded` while an upstream is sick.
     pub fn report(&self) -> Value {
-        let now = Instant::now();
+        let now = now();
         let setup = self.setup();
         let upstreams: Vec<_> = setup.members.iter().map(|m| member(m, now)).collect();
         let sick = setup

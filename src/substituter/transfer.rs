@@ -24,7 +24,8 @@ use crate::upstream::{self, NarStream};
 
 use super::member::Member;
 use super::nar_url::NarUrl;
-use super::{Shared, query};
+use super::query;
+use super::shared::Shared;
 
 /// The bounds of transfers.
 #[derive(Clone, Debug)]
@@ -200,7 +201,7 @@ impl Source {
         let current = self.next_holder().await?;
         let (shared, info) = (Arc::clone(&self.shared), self.info.clone());
         let last = Arc::new(std::sync::Mutex::new(Arc::clone(&current.0)));
-        let relay = Relay {
+        let mut relay = Relay {
             source: self,
             current: Some(current),
             last: Arc::clone(&last),
@@ -208,10 +209,15 @@ impl Source {
             skip: 0,
             cause: upstream::Error::Down("it has not been tried".into()),
         };
-        let relayed = stream::unfold(relay, |mut relay| async move {
+        // Nothing is promised to the client before somebody gives a first chunk.
+        let Some(Ok(first)) = relay.next().await else {
+            return None;
+        };
+        let rest = stream::unfold(relay, |mut relay| async move {
             let item = relay.next().await?;
             Some((item, relay))
         });
+        let relayed = stream::iter([Ok(first)]).chain(rest);
         let checked = digest::verified(relayed.boxed(), info.nar_hash, info.nar_size);
         let named = checked.map(move |item| match item {
             Ok(chunk) => {

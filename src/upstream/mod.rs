@@ -3,6 +3,16 @@
 //! An upstream answers for its own store only and never recurses into further substituters. It
 //! decides nothing about trust, choice or retries over several stores: that is the substituter's.
 
+pub mod build_log;
+pub mod daemon;
+pub mod memory;
+pub mod runtime_dir;
+pub mod ssh;
+pub mod ssh_command;
+pub mod ssh_diagnosis;
+pub mod ssh_process;
+pub mod wire;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,9 +21,12 @@ use bytes::Bytes;
 use futures_util::stream::BoxStream;
 use tokio::sync::watch;
 
+use crate::nix::build_trace::{BuildTraceEntry, BuildTraceKey};
 use crate::nix::path_info::PathInfo;
 use crate::nix::realisation::{DrvOutput, Realisation};
 use crate::nix::store_path::{StorePath, StorePathHash};
+
+pub mod connection;
 
 /// The bytes of one NAR from its first to its last, in chunks of at most 256 KiB.
 ///
@@ -58,6 +71,11 @@ pub trait Upstream: Send + Sync + 'static {
 
     /// Returns what a content-addressed derivation's output was realised as.
     async fn realisation(&self, _id: &DrvOutput) -> Result<Option<Realisation>, Error> {
+        Ok(None)
+    }
+
+    /// Returns the same by the derivation's path, as Nix 2.35 and later name it.
+    async fn build_trace(&self, _key: &BuildTraceKey) -> Result<Option<BuildTraceEntry>, Error> {
         Ok(None)
     }
 }
