@@ -3,6 +3,16 @@
 //! An upstream answers for its own store only and never recurses into further substituters. It
 //! decides nothing about trust, choice or retries over several stores: that is the substituter's.
 
+pub mod build_log;
+pub mod daemon;
+pub mod memory;
+pub mod runtime_dir;
+pub mod ssh;
+pub mod ssh_command;
+pub mod ssh_diagnosis;
+pub mod ssh_process;
+pub mod wire;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
