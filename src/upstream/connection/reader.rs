@@ -82,11 +82,16 @@ impl<R: AsyncRead + Unpin> Reading<R> {
         self.read().await?;
         self.questions.heard();
         self.take_over();
-        while let Some(event) = self.session.next(&mut self.buffer)? {
+        while let Some(event) = self.next()? {
             self.on_event(event).await?;
         }
         self.give_back();
         Ok(())
+    }
+
+    fn next(&mut self) -> Result<Option<Event>, Error> {
+        let event = self.session.next(&mut self.buffer);
+        event.map_err(super::of_protocol)
     }
 
     async fn read(&mut self) -> Result<(), Error> {
