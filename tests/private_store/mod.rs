@@ -56,7 +56,10 @@ impl PrivateStore {
     pub fn command(&self, program: &str) -> Command {
         let mut command = Command::new(program);
         if self.root != Path::new("/") {
-            command = Command::new("chroot");
+            // Newer Nix wants /proc; the mount lives as long as the command.
+            let script = "mount -t proc proc \"$0/proc\" && exec chroot \"$0\" \"$@\"";
+            command = Command::new("unshare");
+            command.args(["--mount", "sh", "-c", script]);
             command.arg(&self.root).arg(program);
         }
         for (name, folder) in [
