@@ -12,5 +12,9 @@
 //!  0  nix                          pure values and texts; no I/O, no async, no clock
 //! ```
 
+pub mod cache;
+pub mod codec;
 pub mod nix;
+pub mod server;
+pub mod substituter;
 pub mod upstream;

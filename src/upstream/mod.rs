@@ -21,6 +21,7 @@ use bytes::Bytes;
 use futures_util::stream::BoxStream;
 use tokio::sync::watch;
 
+use crate::nix::build_trace::{BuildTraceEntry, BuildTraceKey};
 use crate::nix::path_info::PathInfo;
 use crate::nix::realisation::{DrvOutput, Realisation};
 use crate::nix::store_path::{StorePath, StorePathHash};
@@ -68,6 +69,11 @@ pub trait Upstream: Send + Sync + 'static {
 
     /// Returns what a content-addressed derivation's output was realised as.
     async fn realisation(&self, _id: &DrvOutput) -> Result<Option<Realisation>, Error> {
+        Ok(None)
+    }
+
+    /// Returns the same by the derivation's path, as Nix 2.35 and later name it.
+    async fn build_trace(&self, _key: &BuildTraceKey) -> Result<Option<BuildTraceEntry>, Error> {
         Ok(None)
     }
 }

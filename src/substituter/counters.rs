@@ -1,0 +1,53 @@
+//! Figures of one running substituter, for people and scripts.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A number that only grows.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+/// What happened since start.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Narinfos asked for.
+    pub narinfo_requests: Counter,
+    /// Narinfos answered from memory.
+    pub narinfo_memory_hits: Counter,
+    /// Narinfos found by asking.
+    pub narinfo_found: Counter,
+    /// Narinfos that nobody has, said with full knowledge.
+    pub narinfo_absent: Counter,
+    /// The same, said while an upstream could not be asked.
+    pub narinfo_absent_unsure: Counter,
+    /// Narinfos fetched ahead of being asked for.
+    pub narinfo_prefetched: Counter,
+    /// NARs begun.
+    pub nar_requests: Counter,
+    /// NAR bytes given out, before compression.
+    pub nar_bytes: Counter,
+    /// NARs that no holder could give.
+    pub nar_absent: Counter,
+    /// NARs that went on from another holder.
+    pub nar_resumed: Counter,
+    /// NARs cut because no holder was left.
+    pub nar_cut: Counter,
+    /// NARs whose bytes did not fit the narinfo.
+    pub nar_corrupt: Counter,
+}
+
+impl Counter {
+    /// Counts one.
+    pub fn increment(&self) {
+        self.add(1);
+    }
+
+    /// Counts `amount`.
+    pub fn add(&self, amount: u64) {
+        self.0.fetch_add(amount, Ordering::Relaxed);
+    }
+
+    /// Returns the count.
+    pub fn value(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}

@@ -1,0 +1,230 @@
+//! One upstream as the substituter sees it: with its trust and its health.
+
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+use tracing::{debug, info, warn};
+
+use crate::cache::memory::UpstreamId;
+use crate::nix::path_info::{Trust, Verified};
+use crate::nix::store_path::{StoreDir, StorePathHash};
+use crate::upstream::{Error, Link, Upstream};
+
+use super::health::{self, Record, Standing};
+use super::now;
+
+/// An upstream with the operator's word on it and what was seen of it.
+pub struct Member {
+    /// Its number, by which caches name it as a holder.
+    pub id: UpstreamId,
+    /// The store itself.
+    pub upstream: Arc<dyn Upstream>,
+    /// Whom its path infos are believed.
+    pub trust: Trust,
+    link: watch::Receiver<Link>,
+    options: health::Options,
+    // Never held over an await; no other lock is taken under it.
+    record: Mutex<Record>,
+    /// What asking it for a path that nobody can have has shown about it.
+    vetting: AtomicU8,
+    /// Answers that were refused: unsigned path infos, NARs of another hash.
+    pub refused: AtomicU64,
+    /// Path infos that were found here.
+    pub found: AtomicU64,
+}
+
+/// What came of asking one upstream for a path.
+pub enum Answer {
+    /// It has the path, and is believed.
+    Found(Verified),
+    /// It does not have the path.
+    Absent,
+    /// It could not tell, or is not believed.
+    Unknown,
+}
+
+impl Member {
+    /// Takes an upstream in.
+    pub fn new(
+        id: UpstreamId,
+        upstream: Arc<dyn Upstream>,
+        trust: Trust,
+        options: health::Options,
+        now: Instant,
+    ) -> Self {
+        Self {
+            id,
+            link: upstream.link(),
+            upstream,
+            trust,
+            options,
+            record: Mutex::new(Record::new(now)),
+            vetting: AtomicU8::new(UNVETTED),
+            refused: AtomicU64::new(0),
+            found: AtomicU64::new(0),
+        }
+    }
+
+    /// Returns the state of its standing connection.
+    pub fn link(&self) -> Link {
+        self.link.borrow().clone()
+    }
+
+    /// Decides whether questions wait for it.
+    pub fn standing(&self, now: Instant) -> Standing {
+        if self.is_ourselves() {
+            return Standing::Sick;
+        }
+        let link = self.link();
+        let mut record = self.record();
+        record.was_up |= matches!(link, Link::Up { .. });
+        health::standing(&link, &record, &self.options, now)
+    }
+
+    /// Tells whether this upstream's questions come back to this very program.
+    pub fn is_ourselves(&self) -> bool {
+        self.vetting.load(Ordering::Relaxed) == OURSELVES
+    }
+
+    /// Notes that a question to this upstream has come back to us.
+    pub fn mark_as_ourselves(&self) {
+        if self.vetting.swap(OURSELVES, Ordering::Relaxed) != OURSELVES {
+            warn!(
+                upstream = self.upstream.name(),
+                "leads back to this very muster, not asked any more; take it out of the configuration"
+            );
+        }
+    }
+
+    /// Asks each new connection for a path that nobody can have.
+    ///
+    /// Should the question come back to our own server, by whatever road, the upstream is
+    /// ourselves: asking it would go round in circles.
+    pub async fn vet(&self, nobody: StorePathHash) {
+        self.vetting.store(VETTED, Ordering::Relaxed);
+        if self.upstream.path_info(nobody).await.is_err() && !self.is_ourselves() {
+            self.vetting.store(UNVETTED, Ordering::Relaxed);
+        }
+    }
+
+    /// Tells whether it is connected and was not vetted since; a lost connection asks for it anew.
+    pub fn wants_vetting(&self) -> bool {
+        match (self.link(), self.vetting.load(Ordering::Relaxed)) {
+            (Link::Up { .. }, vetting) => vetting == UNVETTED,
+            (_, VETTED) => {
+                self.vetting.store(UNVETTED, Ordering::Relaxed);
+                false
+            }
+            _ => false,
+        }
+    }
+
+    /// Asks for a path, for as long as the upstream is not sick.
+    ///
+    /// Dropped, the question is abandoned.
+    pub async fn path_info(&self, hash: StorePathHash, store_dir: &StoreDir) -> Answer {
+        let answer = tokio::select! {
+            answer = self.upstream.path_info(hash) => answer,
+            () = self.sickness() => {
+                debug!(upstream = self.upstream.name(), path.hash = %hash, "not waited for");
+                return Answer::Unknown;
+            }
+        };
+        match self.note(answer) {
+            Ok(None) => Answer::Absent,
+            Err(error) => {
+                debug!(upstream = self.upstream.name(), path.hash = %hash, %error, "could not tell");
+                Answer::Unknown
+            }
+            Ok(Some(claim)) if claim.path.hash() != hash => {
+                self.refused.fetch_add(1, Ordering::Relaxed);
+                let path = &claim.path;
+                warn!(upstream = self.upstream.name(), path.hash = %hash, %path, "answered with another path");
+                Answer::Unknown
+            }
+            Ok(Some(claim)) => self.verify(claim, store_dir),
+        }
+    }
+
+    /// Checks a claim of this upstream against the operator's trust in it.
+    pub fn verify(&self, claim: crate::nix::path_info::PathInfo, store_dir: &StoreDir) -> Answer {
+        match claim.verify(&self.trust, store_dir) {
+            Ok(verified) => {
+                self.found.fetch_add(1, Ordering::Relaxed);
+                Answer::Found(verified)
+            }
+            Err(error) => {
+                self.refused.fetch_add(1, Ordering::Relaxed);
+                warn!(upstream = self.upstream.name(), %error, "path info refused");
+                Answer::Unknown
+            }
+        }
+    }
+
+    /// Counts an answer for or against the upstream's health, and hands it on.
+    pub fn note<T>(&self, answer: Result<T, Error>) -> Result<T, Error> {
+        let mut record = self.record();
+        match &answer {
+            Ok(_) | Err(Error::Remote(_)) => record.timeouts = 0,
+            Err(Error::TimedOut { .. }) => {
+                record.timeouts += 1;
+                if record.timeouts == self.options.timeouts_max {
+                    warn!(
+                        upstream = self.upstream.name(),
+                        timeouts = record.timeouts,
+                        "does not answer in time, not waited for any more"
+                    );
+                }
+            }
+            Err(_) => {}
+        }
+        answer
+    }
+
+    /// Asks something cheap where the upstream is connected but sick, so that it can recover.
+    pub async fn probe(&self, now: Instant) {
+        let connected = matches!(self.link(), Link::Up { .. });
+        if !connected || self.standing(now) != Standing::Sick {
+            return;
+        }
+        let nobody = StorePathHash([0; 20]);
+        if self.note(self.upstream.path_info(nobody).await).is_ok() {
+            info!(upstream = self.upstream.name(), "answers again");
+        }
+    }
+
+    /// Begins anew after the machine slept: old connections are dead, old time-outs mean nothing.
+    pub fn wake(&self, now: Instant) {
+        *self.record() = Record::new(now);
+        self.upstream.reconnect();
+    }
+
+    /// Resolves when the upstream is sick.
+    pub async fn sickness(&self) {
+        let mut link = self.link.clone();
+        loop {
+            link.borrow_and_update();
+            let recheck = match self.standing(now()) {
+                Standing::Sick => return,
+                Standing::Connecting { until } => until.into(),
+                // A second time-out running is noticed by those who wait, too.
+                Standing::Well => (now() + RECHECK).into(),
+            };
+            if let Ok(Err(_closed)) = tokio::time::timeout_at(recheck, link.changed()).await {
+                return;
+            }
+        }
+    }
+
+    fn record(&self) -> MutexGuard<'_, Record> {
+        self.record.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+const RECHECK: Duration = Duration::from_secs(1);
+
+const UNVETTED: u8 = 0;
+const VETTED: u8 = 1;
+const OURSELVES: u8 = 2;

@@ -1,0 +1,172 @@
+//! Promises 3 and 4: nothing is signed that was not checked, and bytes are bound to the narinfo.
+
+mod rig;
+
+use std::fs;
+
+use rig::helper::LIAR;
+use rig::{Lab, Muster};
+
+#[test]
+fn a_client_that_trusts_another_key_takes_nothing() {
+    let lab = Lab::new();
+    let b1 = lab.builder("b1");
+    let client = lab.client(&["b1"]);
+    let path = b1.build_one("tiny", "");
+    let muster = Muster::serve(&client, "");
+    client
+        .run("nix-store --generate-binary-cache-key client-muster-1 /tmp/secret /tmp/public")
+        .ok();
+    let other = client.read("/tmp/public");
+    client.configure(&format!(
+        "extra-substituters = {}\nextra-trusted-public-keys = {other}",
+        muster.url()
+    ));
+    client.realise(&path).failed();
+    assert!(!client.valid(&path));
+    client.substitutes_from(&muster);
+    client.realise(&path).ok();
+}
+
+#[test]
+fn a_builders_own_signature_is_kept_beside_ours() {
+    let lab = Lab::new();
+    let b1 = lab.builder("b1");
+    let client = lab.client(&["b1"]);
+    let key = b1.signs_as("b1-1");
+    let path = b1.build_one("tiny", "");
+    let mut muster = Muster::serve(&client, "");
+    let narinfo = muster.narinfo(&path).text();
+    assert!(
+        narinfo.contains("\nSig: b1-1:") && narinfo.contains("\nSig: client-muster-1:"),
+        "{narinfo}"
+    );
+    client.configure(&format!(
+        "extra-substituters = {}\nextra-trusted-public-keys = {key}",
+        muster.url()
+    ));
+    client.realise(&path).ok();
+}
+
+#[test]
+fn a_nar_that_differs_in_its_last_byte_is_never_completed() {
+    let lab = Lab::new();
+    let (b1, b2) = (lab.builder("b1"), lab.builder("b2"));
+    let client = lab.client(&[]);
+    let liar = format!("--upstream 'ssh-ng://root@b1?{LIAR}'");
+    for bytes in [64 * 1024, 24 << 20] {
+        let path = b1.add_marked(bytes);
+        for compression in ["none", "zstd"] {
+            client.fresh_store();
+            let mut muster = Muster::serve(&client, &format!("{liar} --compression {compression}"));
+            client.substitutes_from(&muster);
+            let nar = muster.nar(&path);
+            assert!(
+                !nar.complete || nar.status == 404,
+                "{} with {} bytes",
+                nar.status,
+                nar.body.len()
+            );
+            assert_eq!(
+                nar.status == 404,
+                bytes < 4 << 20,
+                "small ones are read whole before the first byte"
+            );
+            let got = client.realise(&path);
+            assert!(
+                got.rc != 0 && !client.valid(&path),
+                "{got}\n{}",
+                muster.log()
+            );
+        }
+        // An honest holder makes up for it, and the client sees nothing of this.
+        assert_eq!(b2.add_marked(bytes), path);
+        client.fresh_store();
+        let muster = Muster::serve(&client, &format!("{liar} --upstream ssh-ng://root@b2"));
+        client.substitutes_from(&muster);
+        client.realise(&path).ok();
+        assert_eq!(client.nar_hash(&path), b2.nar_hash(&path));
+    }
+}
+
+#[test]
+fn a_file_that_rotted_on_the_builder_is_not_passed_on() {
+    let lab = Lab::new();
+    let (b1, b2) = (lab.builder("b1"), lab.builder("b2"));
+    let path = b1.build_one("big", "--arg sizeMB 1");
+    let mut bytes = fs::read(b1.path(&path)).expect("read the file");
+    if let Some(last) = bytes.last_mut() {
+        *last ^= 1;
+    }
+    fs::write(b1.path(&path), bytes).expect("let the file rot");
+    let client = lab.client(&["b1"]);
+    let muster = Muster::serve(&client, "");
+    client.substitutes_from(&muster);
+    client.realise(&path).failed();
+    assert!(!client.valid(&path));
+    drop(muster);
+
+    b2.build_one("big", "--arg sizeMB 1");
+    client.builders(&["b1", "b2"]);
+    client.forget_lookups();
+    let muster = Muster::serve(&client, "");
+    client.substitutes_from(&muster);
+    client.realise(&path).ok();
+    assert_eq!(client.nar_hash(&path), b2.nar_hash(&path));
+}
+
+#[test]
+fn a_path_that_vanished_after_it_was_promised_is_built_or_taken_elsewhere() {
+    let lab = Lab::new();
+    let (b1, b2) = (lab.builder("b1"), lab.builder("b2"));
+    let client = lab.client(&["b1", "b2"]);
+    client.write("/etc/muster.toml", "roots-lifetime = 1\n");
+    for elsewhere in [false, true] {
+        let seed = format!("--argstr seed promised-{elsewhere}");
+        let path = b1.build_one("tiny", &seed);
+        if elsewhere {
+            b2.build_one("tiny", &seed);
+        }
+        let muster = Muster::serve(&client, "--config /etc/muster.toml");
+        client.substitutes_from(&muster);
+        client
+            .run(&format!("nix path-info --store {} {path}", muster.url()))
+            .ok();
+        let deleted = rig::eventually(10.0, || {
+            b1.run(&format!("nix-store --delete {path}")).rc == 0
+        });
+        assert!(deleted, "the roots on b1 lapse\n{}", muster.log());
+        let got = client.realise_attr("tiny", &seed).ok();
+        let expected = if elsewhere { (0, 1) } else { (1, 0) };
+        assert_eq!(
+            (got.built(), got.copied().min(expected.1)),
+            expected,
+            "{got}\n{}",
+            muster.log()
+        );
+    }
+}
+
+#[test]
+fn two_builders_that_disagree_about_a_path_confuse_nobody() {
+    let lab = Lab::new();
+    let (b1, b2) = (lab.builder("b1"), lab.builder("b2"));
+    let client = lab.client(&["b1", "b2"]);
+    let path = b1.build_one("nondeterministic", "");
+    assert_eq!(b2.build_one("nondeterministic", ""), path);
+    let hashes = [b1.nar_hash(&path), b2.nar_hash(&path)];
+    assert!(hashes[0] != hashes[1]);
+    let mut muster = Muster::serve(&client, "");
+    client.substitutes_from(&muster);
+    let first = muster.narinfo(&path).text();
+    for _ in 0..5 {
+        assert_eq!(
+            muster.narinfo(&path).text(),
+            first,
+            "one is chosen and kept to"
+        );
+        client.fresh_store();
+        client.realise(&path).ok();
+        assert!(hashes.contains(&client.nar_hash(&path)));
+    }
+}

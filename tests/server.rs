@@ -1,0 +1,271 @@
+//! Requests over a real socket against scripted upstreams.
+
+mod support;
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use muster::codec::compression::Encoding;
+use muster::nix::fingerprint;
+use muster::nix::narinfo::NarInfo;
+use muster::nix::path_info::Trust;
+use muster::nix::store_path::StoreDir;
+use muster::substituter::Substituter;
+use support::*;
+
+fn narinfo_target(info: &muster::nix::path_info::PathInfo) -> String {
+    format!("/{}.narinfo", info.path.hash())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_path_of_any_builder_is_found_signed_and_given_whole() {
+    let (a, b) = (Scripted::new("a"), Scripted::new("b"));
+    let (info, nar) = path(1, 1000, &[]);
+    b.add(&info, &nar);
+    let served = serve(substituter(&[a, b])).await;
+
+    let answer = get(served.address, &narinfo_target(&info)).await;
+    assert_eq!(answer.status, 200);
+    assert_eq!(answer.header("content-type"), Some("text/x-nix-narinfo"));
+    let store_dir = StoreDir::default();
+    let narinfo = NarInfo::parse(answer.text(), &store_dir).unwrap();
+    let signed = fingerprint::of_path(&narinfo.info, &store_dir);
+    assert!(
+        key()
+            .public()
+            .verifies(&signed, &narinfo.info.signatures[0])
+    );
+
+    let answer = get(served.address, &nar_target(&answer)).await;
+    assert_eq!((answer.status, answer.cut), (200, false));
+    assert_eq!(answer.body, nar);
+    assert_eq!(answer.header("accept-ranges"), Some("bytes"));
+    assert_eq!(answer.header("content-length"), Some("1000"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_rest_of_the_surface() {
+    let a = Scripted::new("a");
+    let (info, nar) = path(1, 1000, &[]);
+    a.add(&info, &nar);
+    let served = serve(substituter(&[a])).await;
+    let status =
+        async |method: &str, target: &str| request(served.address, method, target, "").await.status;
+
+    assert_eq!(status("GET", "/nix-cache-info").await, 200);
+    assert_eq!(status("HEAD", &narinfo_target(&info)).await, 200);
+    assert_eq!(status("GET", "/public-key").await, 200);
+    assert_eq!(status("GET", "/healthz").await, 200);
+    assert_eq!(status("PUT", "/nix-cache-info").await, 405);
+    assert_eq!(status("POST", "/").await, 405);
+    for target in [
+        "/x",
+        "/x.narinfo",
+        "/nar/x.nar",
+        "/../etc/passwd",
+        "/log/x",
+        "/%ff",
+    ] {
+        assert_eq!(status("GET", target).await, 404, "{target}");
+    }
+    let nobody = format!("/{}.narinfo", "0".repeat(32));
+    assert_eq!(status("GET", &nobody).await, 404);
+    assert_eq!(status("HEAD", &nobody).await, 404);
+
+    let target = nar_target(&get(served.address, &narinfo_target(&info)).await);
+    let head = request(served.address, "HEAD", &target, "").await;
+    assert_eq!(head.header("content-length"), Some("1000"));
+    let compressed = request(served.address, "HEAD", &format!("{target}.zst"), "").await;
+    assert_eq!(
+        (compressed.status, compressed.header("content-length")),
+        (200, None)
+    );
+    assert_eq!(compressed.header("accept-ranges"), None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ranges_of_small_and_large_nars() {
+    let a = Scripted::new("a");
+    let paths = [path(1, 1000, &[]), path(2, 5 << 20, &[])];
+    for (info, nar) in &paths {
+        a.add(info, nar);
+    }
+    let served = serve(substituter(&[a])).await;
+    for (info, nar) in &paths {
+        let target = nar_target(&get(served.address, &narinfo_target(info)).await);
+        let size = nar.len();
+        for (range, part) in [
+            ("bytes=500-".to_owned(), 500..size),
+            ("bytes=0-".to_owned(), 0..size),
+            ("bytes=10-19".to_owned(), 10..20),
+            (format!("bytes={}-", size - 1), size - 1..size),
+            ("bytes=-5".to_owned(), size - 5..size),
+        ] {
+            let header = format!("Range: {range}\r\n");
+            let answer = request(served.address, "GET", &target, &header).await;
+            assert_eq!((answer.status, answer.cut), (206, false), "{range}");
+            assert!(answer.body == nar[part.clone()], "{range} of {size}");
+            let expected = format!("bytes {}-{}/{size}", part.start, part.end - 1);
+            assert_eq!(answer.header("content-range"), Some(&*expected));
+        }
+        let header = format!("Range: bytes={size}-\r\n");
+        let answer = request(served.address, "GET", &target, &header).await;
+        assert_eq!(answer.status, 416);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn compressed_nars_decode_to_the_nar_and_have_no_ranges() {
+    let a = Scripted::new("a");
+    let paths = [path(1, 1000, &[]), path(2, 5 << 20, &[])];
+    for (info, nar) in &paths {
+        a.add(info, nar);
+    }
+    let setup = setup(&[a], &Trust::Operator, Encoding::Zstd);
+    let served = serve(Substituter::new(options(), setup)).await;
+    for (info, nar) in &paths {
+        let narinfo = get(served.address, &narinfo_target(info)).await;
+        assert!(narinfo.text().contains("Compression: zstd\n"));
+        assert!(!narinfo.text().contains("FileHash"));
+        let answer = get(served.address, &nar_target(&narinfo)).await;
+        assert_eq!((answer.status, answer.cut), (200, false));
+        assert_eq!(answer.header("accept-ranges"), None);
+        assert!(zstd::decode_all(&answer.body[..]).unwrap() == *nar);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flipped_last_byte_is_never_given_out() {
+    let a = Scripted::new("a");
+    let (small, small_nar) = path(1, 1000, &[]);
+    let (large, large_nar) = path(2, 5 << 20, &[]);
+    a.add(&small, &small_nar);
+    a.add(&large, &large_nar);
+    let served = serve(substituter(std::slice::from_ref(&a))).await;
+    let small = nar_target(&get(served.address, &narinfo_target(&small)).await);
+    let large = nar_target(&get(served.address, &narinfo_target(&large)).await);
+    *a.nar_script.lock().unwrap() = NarScript::FlipLast;
+    assert_eq!(get(served.address, &small).await.status, 404);
+    for target in [large.clone(), format!("{large}.zst")] {
+        let answer = get(served.address, &target).await;
+        assert!(answer.cut || answer.status == 404, "{target}");
+        assert!(answer.body.len() < large_nar.len());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transfer_outlives_its_builder() {
+    for script in [
+        NarScript::BreakAt(1_000_000),
+        NarScript::BreakAt(0),
+        NarScript::StallAt(3_000_000),
+        NarScript::StallAt(0),
+        NarScript::Gone,
+    ] {
+        for suffix in ["", ".zst"] {
+            let (a, b) = (Scripted::new("a"), Scripted::new("b"));
+            let (info, nar) = path(1, 5 << 20, &[]);
+            a.add(&info, &nar);
+            b.add(&info, &nar);
+            *b.delay.lock().unwrap() = Duration::from_millis(20);
+            *a.nar_script.lock().unwrap() = script.clone();
+            let served = serve(substituter(&[a, Arc::clone(&b)])).await;
+            let target = nar_target(&get(served.address, &narinfo_target(&info)).await);
+            let answer = get(served.address, &format!("{target}{suffix}")).await;
+            assert_eq!((answer.status, answer.cut), (200, false), "{script:?}");
+            let body = match suffix {
+                "" => answer.body,
+                _ => zstd::decode_all(&answer.body[..]).unwrap(),
+            };
+            assert!(body == nar[..], "{script:?}");
+            assert_eq!(b.nars.load(Ordering::Relaxed), 1);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_another_holder_a_small_nar_is_404_and_a_large_one_is_cut() {
+    let a = Scripted::new("a");
+    let (small, small_nar) = path(1, 1000, &[]);
+    let (large, large_nar) = path(2, 5 << 20, &[]);
+    a.add(&small, &small_nar);
+    a.add(&large, &large_nar);
+    let served = serve(substituter(std::slice::from_ref(&a))).await;
+    let small = nar_target(&get(served.address, &narinfo_target(&small)).await);
+    let large = nar_target(&get(served.address, &narinfo_target(&large)).await);
+    for script in [NarScript::BreakAt(500), NarScript::StallAt(500)] {
+        *a.nar_script.lock().unwrap() = script;
+        assert_eq!(get(served.address, &small).await.status, 404);
+        let answer = get(served.address, &large).await;
+        assert!(answer.cut);
+    }
+    *a.nar_script.lock().unwrap() = NarScript::Gone;
+    assert_eq!(get(served.address, &large).await.status, 404);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_build_of_the_path_is_no_source_for_a_remembered_url() {
+    let (a, b) = (Scripted::new("a"), Scripted::new("b"));
+    let (info, nar) = path(1, 1000, &[]);
+    let mut other = info.clone();
+    let other_nar = bytes::Bytes::from(vec![1; 1000]);
+    other.nar_hash = muster::nix::hash::NarHash::of(&other_nar);
+    a.add(&info, &nar);
+    b.add(&other, &other_nar);
+    *b.delay.lock().unwrap() = Duration::from_millis(20);
+    let substituter = substituter(&[Arc::clone(&a), Arc::clone(&b)]);
+    let served = serve(substituter.clone()).await;
+    let first = nar_target(&get(served.address, &narinfo_target(&info)).await);
+    assert_eq!(get(served.address, &first).await.body, nar);
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(substituter.divergent_paths(), 1);
+
+    // The URL of b's build is answered by b, and a's by nobody once a has lost it.
+    let second = first.replace(&info.nar_hash.to_base32(), &other.nar_hash.to_base32());
+    assert_eq!(get(served.address, &second).await.body, other_nar);
+    a.remove(&info);
+    assert_eq!(get(served.address, &first).await.status, 404);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_nar_url_is_answered_by_a_new_server() {
+    let a = Scripted::new("a");
+    let (info, nar) = path(1, 1000, &[]);
+    a.add(&info, &nar);
+    let served = serve(substituter(std::slice::from_ref(&a))).await;
+    let target = nar_target(&get(served.address, &narinfo_target(&info)).await);
+    let harmonia = format!(
+        "/nar/{}.nar?hash={}",
+        info.nar_hash.to_base32(),
+        info.path.hash()
+    );
+    let served = serve(substituter(&[a])).await;
+    assert_eq!(get(served.address, &target).await.body, nar);
+    assert_eq!(get(served.address, &harmonia).await.body, nar);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn told_to_stop_it_finishes_what_runs() {
+    let a = Scripted::new("a");
+    let (info, nar) = path(1, 1000, &[]);
+    a.add(&info, &nar);
+    *a.delay.lock().unwrap() = Duration::from_millis(300);
+    let served = serve(substituter(&[a])).await;
+    let target = narinfo_target(&info);
+    let running = get(served.address, &target);
+    let stop = async {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        served.stop.send(true).unwrap();
+        Instant::now()
+    };
+    let (answer, told) = tokio::join!(running, stop);
+    assert_eq!(answer.status, 200);
+    served.task.await.unwrap();
+    assert!(told.elapsed() < Duration::from_secs(2));
+    assert!(
+        tokio::net::TcpStream::connect(served.address)
+            .await
+            .is_err()
+    );
+}

@@ -1,0 +1,354 @@
+//! Many scripted upstreams seen as one: who is waited for, what is asked, what is kept.
+
+mod support;
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use muster::codec::compression::Encoding;
+use muster::nix::fingerprint;
+use muster::nix::path_info::{PathInfo, Trust};
+use muster::nix::store_path::StoreDir;
+use muster::substituter::Substituter;
+use muster::upstream::Link;
+use support::*;
+use tokio::time::{sleep, timeout};
+
+fn up() -> Link {
+    Link::Up {
+        peer: "scripted".into(),
+    }
+}
+
+async fn found(substituter: &Substituter, info: &PathInfo) -> bool {
+    substituter.narinfo(info.path.hash()).await.is_some()
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_first_answer_is_served_and_a_silent_builder_costs_nothing() {
+    let (a, b) = (Scripted::new("a"), Scripted::new("b"));
+    let (info, nar) = path(1, 100, &[]);
+    b.add(&info, &nar);
+    *a.silent.lock().unwrap() = true;
+    *b.delay.lock().unwrap() = Duration::from_millis(5);
+    let substituter = substituter(&[a, b]);
+    let asked = tokio::time::Instant::now();
+    assert!(found(&substituter, &info).await);
+    assert!(asked.elapsed() < Duration::from_millis(50));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_miss_waits_for_a_loaded_builder_and_for_one_that_connects() {
+    let (a, b) = (Scripted::new("a"), Scripted::new("b"));
+    let (info, nar) = path(1, 100, &[]);
+    b.add(&info, &nar);
+    *b.delay.lock().unwrap() = Duration::from_secs(9);
+    let both = substituter(&[Arc::clone(&a), Arc::clone(&b)]);
+    assert!(found(&both, &info).await);
+
+    *b.delay.lock().unwrap() = Duration::ZERO;
+    b.connecting();
+    let both = substituter(&[a, Arc::clone(&b)]);
+    let asked = tokio::time::Instant::now();
+    let connect = async {
+        sleep(Duration::from_secs(3)).await;
+        b.set_link(up());
+    };
+    let (found, ()) = tokio::join!(found(&both, &info), connect);
+    assert!(found);
+    assert!(asked.elapsed() < Duration::from_millis(3100));
+}
+
+#[tokio::test]
+async fn a_sick_builder_is_not_waited_for_and_a_404_without_it_is_counted() {
+    let (a, b) = (Scripted::new("a"), Scripted::new("b"));
+    let (info, nar) = path(1, 100, &[]);
+    b.add(&info, &nar);
+    b.down();
+    let substituter = substituter(&[Arc::clone(&a), Arc::clone(&b)]);
+    let asked = Instant::now();
+    assert!(!found(&substituter, &info).await);
+    assert!(asked.elapsed() < Duration::from_millis(100));
+    assert_eq!(b.questions.load(Ordering::Relaxed), 0);
+    assert_eq!(substituter.counters().narinfo_absent_unsure.value(), 1);
+
+    // Not remembered: it is found as soon as the builder is back.
+    b.set_link(up());
+    assert!(found(&substituter, &info).await);
+    // And what is known of it is answered while it is sick.
+    b.down();
+    assert!(found(&substituter, &info).await);
+    assert_eq!(substituter.counters().narinfo_absent.value(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_404_with_full_knowledge_is_remembered_for_its_time_only() {
+    let a = Scripted::new("a");
+    let (info, nar) = path(1, 100, &[]);
+    let mut options = options();
+    options.memory.negative_ttl = Duration::from_millis(100);
+    let setup = setup(std::slice::from_ref(&a), &Trust::Operator, Encoding::None);
+    let substituter = Substituter::new(options, setup);
+    assert!(!found(&substituter, &info).await);
+    a.add(&info, &nar);
+    assert!(!found(&substituter, &info).await);
+    assert_eq!(a.questions.load(Ordering::Relaxed), 1);
+    // The memory runs on the real clock.
+    std::thread::sleep(Duration::from_millis(150));
+    assert!(found(&substituter, &info).await);
+}
+
+#[tokio::test(start_paused = true)]
+async fn two_timeouts_make_a_builder_sick_and_a_probe_heals_it() {
+    let (a, b) = (Scripted::new("a"), Scripted::new("b"));
+    *b.silent.lock().unwrap() = true;
+    let substituter = substituter(&[a, Arc::clone(&b)]);
+    let mut waits = Vec::new();
+    for number in 0..3 {
+        let (info, _) = path(number, 1, &[]);
+        let asked = tokio::time::Instant::now();
+        assert!(!found(&substituter, &info).await);
+        waits.push(asked.elapsed().as_secs());
+    }
+    assert_eq!(waits, [10, 10, 0]);
+    *b.silent.lock().unwrap() = false;
+    let care = substituter.care();
+    assert!(timeout(Duration::from_secs(2), care).await.is_err());
+    let (info, nar) = path(9, 1, &[]);
+    b.add(&info, &nar);
+    assert!(found(&substituter, &info).await);
+}
+
+#[tokio::test(start_paused = true)]
+async fn equal_questions_are_asked_once_and_outlive_their_first_asker() {
+    let a = Scripted::new("a");
+    let (info, nar) = path(1, 100, &[]);
+    a.add(&info, &nar);
+    *a.delay.lock().unwrap() = Duration::from_secs(1);
+    let substituter = substituter(std::slice::from_ref(&a));
+    let first = timeout(Duration::from_millis(500), found(&substituter, &info));
+    let others = futures_util::future::join_all((0..50).map(|_| found(&substituter, &info)));
+    let (first, others) = tokio::join!(first, others);
+    assert!(first.is_err());
+    assert!(others.into_iter().all(|found| found));
+    assert_eq!(a.questions.load(Ordering::Relaxed), 1);
+}
+
+#[tokio::test]
+async fn a_closure_is_fetched_before_it_is_asked_for() {
+    let a = Scripted::new("a");
+    let mut paths: Vec<(PathInfo, bytes::Bytes)> = Vec::new();
+    for number in 0..200_u32 {
+        let below = number.saturating_sub(7) as usize..number as usize;
+        let references: Vec<_> = paths[below].iter().map(|(info, _)| info).collect();
+        let made = path(number, 10, &references);
+        paths.push(made);
+    }
+    for (info, nar) in &paths {
+        a.add(info, nar);
+    }
+    let substituter = substituter(std::slice::from_ref(&a));
+    let (top, _) = &paths[199];
+    assert!(found(&substituter, top).await);
+    while substituter.counters().narinfo_prefetched.value() < 199 {
+        sleep(Duration::from_millis(5)).await;
+    }
+    for (info, _) in &paths {
+        assert!(found(&substituter, info).await);
+    }
+    assert_eq!(a.questions.load(Ordering::Relaxed), 1);
+    // One batch for each level, none twice.
+    assert!(a.batches.load(Ordering::Relaxed) <= 30);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_question_for_what_is_being_fetched_joins_it() {
+    let (a, b) = (Scripted::new("a"), Scripted::new("b"));
+    let low = path(1, 10, &[]);
+    let top = path(2, 10, &[&low.0]);
+    for (info, nar) in [&low, &top] {
+        a.add(info, nar);
+    }
+    let substituter = substituter(&[Arc::clone(&a), Arc::clone(&b)]);
+    assert!(found(&substituter, &top.0).await);
+    *a.delay.lock().unwrap() = Duration::from_millis(100);
+    // Lets the walk begin.
+    sleep(Duration::from_millis(1)).await;
+    assert!(found(&substituter, &low.0).await);
+    assert_eq!(a.questions.load(Ordering::Relaxed), 1);
+
+    // What the walk cannot tell is asked for in the ordinary way.
+    let low = path(3, 10, &[]);
+    let top = path(4, 10, &[&low.0]);
+    a.add(&top.0, &top.1);
+    b.add(&low.0, &low.1);
+    assert!(found(&substituter, &top.0).await);
+    assert!(found(&substituter, &low.0).await);
+}
+
+#[tokio::test]
+async fn unsigned_answers_of_an_untrusted_upstream_are_refused() {
+    let a = Scripted::new("a");
+    let (unsigned, nar) = path(1, 100, &[]);
+    let (mut signed, other_nar) = path(2, 100, &[]);
+    let listed = muster::nix::signature::SecretKey::from_seed(
+        muster::nix::signature::KeyName::new("builder-1").unwrap(),
+        &[9; 32].into(),
+    );
+    let text = fingerprint::of_path(&signed, &StoreDir::default());
+    signed.signatures.push(listed.sign(&text));
+    a.add(&unsigned, &nar);
+    a.add(&signed, &other_nar);
+    let trust = Trust::Keys(vec![listed.public()]);
+    let setup = setup(&[a], &trust, Encoding::None);
+    let substituter = Substituter::new(options(), setup);
+    assert!(!found(&substituter, &unsigned).await);
+    let text = substituter.narinfo(signed.path.hash()).await.unwrap();
+    let text = std::str::from_utf8(&text).unwrap();
+    assert!(
+        text.contains("Sig: builder-1:") && text.contains("Sig: test-1:"),
+        "{text}"
+    );
+    assert_eq!(
+        substituter.setup().members[0]
+            .refused
+            .load(Ordering::Relaxed),
+        1
+    );
+}
+
+#[tokio::test]
+async fn stale_answers_are_given_at_once_and_checked_behind() {
+    let a = Scripted::new("a");
+    let (info, nar) = path(1, 100, &[]);
+    a.add(&info, &nar);
+    let mut options = options();
+    options.memory.revalidate_after = Duration::from_millis(30);
+    let setup = setup(std::slice::from_ref(&a), &Trust::Operator, Encoding::None);
+    let substituter = Substituter::new(options, setup);
+    assert!(found(&substituter, &info).await);
+    sleep(Duration::from_millis(50)).await;
+    a.remove(&info);
+    // The client does not wait for the check; the one after it gets its result.
+    assert!(found(&substituter, &info).await);
+    sleep(Duration::from_millis(50)).await;
+    assert!(!found(&substituter, &info).await);
+}
+
+#[tokio::test]
+async fn what_is_served_is_kept_alive_and_what_is_gone_is_forgotten() {
+    let a = Scripted::new("a");
+    let (info, nar) = path(1, 100, &[]);
+    a.add(&info, &nar);
+    let substituter = substituter(std::slice::from_ref(&a));
+    assert!(found(&substituter, &info).await);
+    sleep(Duration::from_millis(20)).await;
+    assert_eq!(
+        a.kept.lock().unwrap().as_slice(),
+        std::slice::from_ref(&info.path)
+    );
+    assert!(found(&substituter, &info).await);
+    sleep(Duration::from_millis(20)).await;
+    assert_eq!(a.kept.lock().unwrap().len(), 1);
+
+    let (gone, nar) = path(2, 100, &[&info]);
+    let (top, top_nar) = path(3, 100, &[&gone]);
+    a.add(&gone, &nar);
+    a.add(&top, &top_nar);
+    assert!(found(&substituter, &top).await);
+    sleep(Duration::from_millis(20)).await;
+    a.remove(&gone);
+    // Fetched ahead, so still answered once; keeping it alive shows that it is gone.
+    assert!(found(&substituter, &gone).await);
+    sleep(Duration::from_millis(20)).await;
+    assert!(!found(&substituter, &gone).await);
+}
+
+#[tokio::test]
+async fn late_answers_are_further_holders() {
+    let (a, b) = (Scripted::new("a"), Scripted::new("b"));
+    let (info, nar) = path(1, 100, &[]);
+    a.add(&info, &nar);
+    b.add(&info, &nar);
+    *b.delay.lock().unwrap() = Duration::from_millis(30);
+    let substituter = substituter(&[Arc::clone(&a), Arc::clone(&b)]);
+    let served = serve(substituter).await;
+    let target = format!("/{}.narinfo", info.path.hash());
+    let target = nar_target(&get(served.address, &target).await);
+    sleep(Duration::from_millis(100)).await;
+    a.down();
+    let asked = b.questions.load(Ordering::Relaxed);
+    assert_eq!(get(served.address, &target).await.body, nar);
+    assert_eq!(b.questions.load(Ordering::Relaxed), asked);
+}
+
+/// An upstream whose questions come back to the substituter that asks them.
+mod mirror {
+    use std::sync::OnceLock;
+
+    use async_trait::async_trait;
+    use muster::nix::path_info::PathInfo;
+    use muster::nix::store_path::{StorePath, StorePathHash};
+    use muster::substituter::Substituter;
+    use muster::upstream::{Error, Link, NarStream, Upstream};
+    use tokio::sync::watch;
+
+    pub struct Mirror {
+        pub substituter: OnceLock<Substituter>,
+        pub link: watch::Sender<Link>,
+    }
+
+    #[async_trait]
+    impl Upstream for Mirror {
+        fn name(&self) -> &str {
+            "mirror"
+        }
+
+        fn link(&self) -> watch::Receiver<Link> {
+            self.link.subscribe()
+        }
+
+        async fn path_info(&self, hash: StorePathHash) -> Result<Option<PathInfo>, Error> {
+            let substituter = self.substituter.get().unwrap();
+            assert!(substituter.narinfo(hash).await.is_none());
+            Ok(None)
+        }
+
+        async fn path_infos(&self, paths: &[StorePath]) -> Vec<Result<Option<PathInfo>, Error>> {
+            paths.iter().map(|_| Ok(None)).collect()
+        }
+
+        async fn nar(&self, _: &PathInfo) -> Result<Option<NarStream>, Error> {
+            Ok(None)
+        }
+
+        async fn keep(&self, _: &StorePath) -> Result<bool, Error> {
+            Ok(false)
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_upstream_that_is_ourselves_is_found_out() {
+    let mirror = Arc::new(mirror::Mirror {
+        substituter: std::sync::OnceLock::new(),
+        link: tokio::sync::watch::Sender::new(up()),
+    });
+    let mut setup = setup(&[], &Trust::Operator, Encoding::None);
+    setup
+        .members
+        .push(Arc::new(muster::substituter::member::Member::new(
+            muster::cache::memory::UpstreamId(0),
+            Arc::clone(&mirror) as Arc<dyn muster::upstream::Upstream>,
+            Trust::Operator,
+            muster::substituter::health::Options::default(),
+            tokio::time::Instant::now().into_std(),
+        )));
+    let substituter = Substituter::new(options(), setup);
+    assert!(mirror.substituter.set(substituter.clone()).is_ok());
+    let _ = timeout(Duration::from_millis(600), substituter.care()).await;
+    assert!(substituter.setup().members[0].is_ourselves());
+    let (info, _) = path(1, 1, &[]);
+    assert!(!found(&substituter, &info).await);
+}

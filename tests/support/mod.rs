@@ -1,0 +1,404 @@
+//! A substituter over scripted upstreams, served on a real socket.
+
+#![expect(dead_code, reason = "each test binary uses its own part")]
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures_util::{StreamExt as _, stream};
+use muster::cache::memory::{self, UpstreamId};
+use muster::codec::compression::{EncoderOptions, Encoding};
+use muster::nix::hash::NarHash;
+use muster::nix::path_info::{PathInfo, Trust};
+use muster::nix::signature::{KeyName, SecretKey};
+use muster::nix::store_path::{StoreDir, StorePath, StorePathHash};
+use muster::server::listener::Listener;
+use muster::server::{self, Info};
+use muster::substituter::member::Member;
+use muster::substituter::publish::Publisher;
+use muster::substituter::{self, Setup, Substituter, closure, health, transfer};
+use muster::upstream::{Error, Link, NarStream, Upstream};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+
+/// What a scripted upstream does with the next NARs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum NarScript {
+    /// Gives it.
+    #[default]
+    Whole,
+    /// Gives the first bytes and then an error.
+    BreakAt(usize),
+    /// Gives the first bytes and then nothing.
+    StallAt(usize),
+    /// Gives it with its last byte flipped.
+    FlipLast,
+    /// Says that it is gone.
+    Gone,
+}
+
+/// An upstream that does as it is told.
+pub struct Scripted {
+    name: String,
+    link: watch::Sender<Link>,
+    paths: Mutex<HashMap<StorePathHash, (PathInfo, Bytes)>>,
+    pub nar_script: Mutex<NarScript>,
+    /// Time before any answer.
+    pub delay: Mutex<Duration>,
+    /// Whether questions are never answered.
+    pub silent: Mutex<bool>,
+    pub questions: AtomicUsize,
+    pub batches: AtomicUsize,
+    pub nars: AtomicUsize,
+    pub kept: Mutex<Vec<StorePath>>,
+}
+
+impl Scripted {
+    pub fn new(name: &str) -> Arc<Self> {
+        let up = Link::Up {
+            peer: "scripted".into(),
+        };
+        Arc::new(Self {
+            name: name.to_owned(),
+            link: watch::Sender::new(up),
+            paths: Mutex::default(),
+            nar_script: Mutex::default(),
+            delay: Mutex::default(),
+            silent: Mutex::default(),
+            questions: AtomicUsize::new(0),
+            batches: AtomicUsize::new(0),
+            nars: AtomicUsize::new(0),
+            kept: Mutex::default(),
+        })
+    }
+
+    pub fn add(&self, info: &PathInfo, nar: &Bytes) {
+        let mut paths = self.paths.lock().unwrap();
+        paths.insert(info.path.hash(), (info.clone(), nar.clone()));
+    }
+
+    pub fn remove(&self, info: &PathInfo) {
+        self.paths.lock().unwrap().remove(&info.path.hash());
+    }
+
+    pub fn set_link(&self, link: Link) {
+        self.link.send_replace(link);
+    }
+
+    pub fn down(&self) {
+        self.set_link(Link::Down {
+            error: "refused".into(),
+            retry_after: Duration::from_secs(1),
+        });
+    }
+
+    pub fn connecting(&self) {
+        self.set_link(Link::Connecting {
+            since: tokio::time::Instant::now().into_std(),
+        });
+    }
+
+    async fn answer(&self) -> Result<(), Error> {
+        let delay = *self.delay.lock().unwrap();
+        tokio::time::sleep(delay).await;
+        let mut link = self.link.subscribe();
+        let settled = link.wait_for(|link| !matches!(link, Link::Connecting { .. }));
+        let settled = settled.await.map(|link| link.clone());
+        if let Ok(Link::Down { error, .. }) = settled {
+            return Err(Error::Down(error));
+        }
+        if *self.silent.lock().unwrap() {
+            tokio::time::sleep(Duration::from_secs(10)).await;
+            return Err(Error::TimedOut {
+                question: "path info",
+                after: Duration::from_secs(10),
+            });
+        }
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Upstream for Scripted {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn link(&self) -> watch::Receiver<Link> {
+        self.link.subscribe()
+    }
+
+    async fn path_info(&self, hash: StorePathHash) -> Result<Option<PathInfo>, Error> {
+        self.questions.fetch_add(1, Ordering::Relaxed);
+        self.answer().await?;
+        let paths = self.paths.lock().unwrap();
+        Ok(paths.get(&hash).map(|(info, _)| info.clone()))
+    }
+
+    async fn path_infos(&self, asked: &[StorePath]) -> Vec<Result<Option<PathInfo>, Error>> {
+        self.batches.fetch_add(1, Ordering::Relaxed);
+        if let Err(error) = self.answer().await {
+            return asked.iter().map(|_| Err(error.clone())).collect();
+        }
+        let paths = self.paths.lock().unwrap();
+        let find = |path: &StorePath| paths.get(&path.hash()).map(|(info, _)| info.clone());
+        asked.iter().map(|path| Ok(find(path))).collect()
+    }
+
+    async fn nar(&self, info: &PathInfo) -> Result<Option<NarStream>, Error> {
+        self.nars.fetch_add(1, Ordering::Relaxed);
+        self.answer().await?;
+        let known = self.paths.lock().unwrap().get(&info.path.hash()).cloned();
+        let Some((_, nar)) = known else {
+            return Ok(None);
+        };
+        let script = self.nar_script.lock().unwrap().clone();
+        let broken = || Error::Lost("killed".into());
+        let chunks = |bytes: &[u8]| -> Vec<Result<Bytes, Error>> {
+            bytes
+                .chunks(64 << 10)
+                .map(|c| Ok(Bytes::copy_from_slice(c)))
+                .collect()
+        };
+        Ok(match script {
+            NarScript::Gone => None,
+            NarScript::Whole => Some(stream::iter(chunks(&nar)).boxed()),
+            NarScript::BreakAt(at) => {
+                let mut items = chunks(&nar[..at.min(nar.len())]);
+                items.push(Err(broken()));
+                Some(stream::iter(items).boxed())
+            }
+            NarScript::StallAt(at) => {
+                let items = chunks(&nar[..at.min(nar.len())]);
+                Some(stream::iter(items).chain(stream::pending()).boxed())
+            }
+            NarScript::FlipLast => {
+                let mut bytes = nar.to_vec();
+                *bytes.last_mut().unwrap() ^= 1;
+                Some(stream::iter(chunks(&bytes)).boxed())
+            }
+        })
+    }
+
+    async fn keep(&self, path: &StorePath) -> Result<bool, Error> {
+        self.kept.lock().unwrap().push(path.clone());
+        let paths = self.paths.lock().unwrap();
+        Ok(paths.contains_key(&path.hash()))
+    }
+}
+
+/// A path of `size` bytes; the number makes name and content its own.
+pub fn path(number: u32, size: usize, references: &[&PathInfo]) -> (PathInfo, Bytes) {
+    let mut state = u64::from(number) + 1;
+    let nar: Vec<u8> = (0..size)
+        .map(|_| {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            (state >> 56) as u8
+        })
+        .collect();
+    let nar = Bytes::from(nar);
+    let path = StorePath::compute(
+        &StoreDir::default(),
+        "output:out",
+        "sha256:00",
+        &format!("path-{number}"),
+    );
+    let mut info = PathInfo {
+        path: path.unwrap(),
+        nar_hash: NarHash::of(&nar),
+        nar_size: size as u64,
+        references: references.iter().map(|r| r.path.clone()).collect(),
+        deriver: None,
+        signatures: vec![],
+        ca: None,
+    };
+    info.normalize();
+    (info, nar)
+}
+
+pub fn key() -> SecretKey {
+    SecretKey::from_seed(KeyName::new("test-1").unwrap(), &[7; 32].into())
+}
+
+pub fn options() -> substituter::Options {
+    substituter::Options {
+        memory: memory::Options {
+            bytes_max: 64 << 20,
+            revalidate_after: Duration::from_secs(300),
+            negative_ttl: Duration::from_secs(3),
+        },
+        health: health::Options::default(),
+        transfer: transfer::Options {
+            whole_bytes_max: 4 << 20,
+            whole_kib_max: 64 << 10,
+            stall: Duration::from_millis(200),
+            stall_last: Duration::from_millis(600),
+            encoder: EncoderOptions::default(),
+        },
+        prefetch: Some(closure::Options::default()),
+        keep_interval: Duration::from_secs(450),
+        tasks_max: 1000,
+    }
+}
+
+pub fn setup(upstreams: &[Arc<Scripted>], trust: &Trust, encoding: Encoding) -> Setup {
+    let member = |(place, upstream): (usize, &Arc<Scripted>)| {
+        Arc::new(Member::new(
+            UpstreamId(u16::try_from(place).unwrap()),
+            Arc::clone(upstream) as Arc<dyn Upstream>,
+            trust.clone(),
+            health::Options::default(),
+            tokio::time::Instant::now().into_std(),
+        ))
+    };
+    Setup {
+        members: upstreams.iter().enumerate().map(member).collect(),
+        publisher: Publisher {
+            keys: vec![key()],
+            store_dir: StoreDir::default(),
+            encoding,
+        },
+    }
+}
+
+pub fn substituter(upstreams: &[Arc<Scripted>]) -> Substituter {
+    Substituter::new(
+        options(),
+        setup(upstreams, &Trust::Operator, Encoding::None),
+    )
+}
+
+/// A server on a free port of loopback; dropped, it is cut.
+pub struct Served {
+    pub address: SocketAddr,
+    pub stop: watch::Sender<bool>,
+    pub task: tokio::task::JoinHandle<()>,
+}
+
+pub async fn serve(substituter: Substituter) -> Served {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (stop, stopped) = watch::channel(false);
+    let (_, info) = watch::channel(Info {
+        cache_info: Bytes::from_static(b"StoreDir: /nix/store\nWantMassQuery: 1\nPriority: 30\n"),
+        public_keys: Bytes::from(format!("{}\n", key().public())),
+    });
+    let options = server::Options {
+        connections_max: 64,
+        idle: Duration::from_secs(30),
+        write_stall: Duration::from_secs(30),
+        stop: Duration::from_secs(5),
+    };
+    let listeners = vec![Listener::Tcp(listener)];
+    let task = tokio::spawn(server::serve(
+        listeners,
+        substituter,
+        info,
+        options,
+        stopped,
+    ));
+    Served {
+        address,
+        stop,
+        task,
+    }
+}
+
+/// A response as it came over the wire.
+#[derive(Debug)]
+pub struct Answer {
+    pub status: u16,
+    pub head: String,
+    pub body: Vec<u8>,
+    /// Whether the connection ended before the body did.
+    pub cut: bool,
+}
+
+impl Answer {
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.head.lines().skip(1).find_map(|line| {
+            let (key, value) = line.split_once(": ")?;
+            key.eq_ignore_ascii_case(name).then_some(value)
+        })
+    }
+
+    pub fn text(&self) -> &str {
+        std::str::from_utf8(&self.body).unwrap()
+    }
+}
+
+/// Sends one request on a connection of its own and reads all that comes.
+pub async fn request(address: SocketAddr, method: &str, target: &str, headers: &str) -> Answer {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let request =
+        format!("{method} {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{headers}\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut bytes = Vec::new();
+    let reset = stream.read_to_end(&mut bytes).await.is_err();
+    let end = bytes
+        .windows(4)
+        .position(|w| w == b"\r\n\r\n")
+        .expect("a head");
+    let head = String::from_utf8(bytes[..end].to_vec()).unwrap();
+    let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+    let raw = &bytes[end + 4..];
+    let mut answer = Answer {
+        status,
+        head,
+        body: Vec::new(),
+        cut: reset,
+    };
+    if answer.header("transfer-encoding") == Some("chunked") {
+        let (body, ended) = dechunk(raw);
+        answer.body = body;
+        answer.cut |= !ended;
+    } else {
+        answer.body = raw.to_vec();
+        let length = answer
+            .header("content-length")
+            .and_then(|l| l.parse::<usize>().ok());
+        let expected = if method == "HEAD" { Some(0) } else { length };
+        answer.cut |= expected.is_some_and(|length| raw.len() < length);
+    }
+    answer
+}
+
+pub async fn get(address: SocketAddr, target: &str) -> Answer {
+    request(address, "GET", target, "").await
+}
+
+fn dechunk(mut raw: &[u8]) -> (Vec<u8>, bool) {
+    let mut body = Vec::new();
+    loop {
+        let Some(end) = raw.windows(2).position(|w| w == b"\r\n") else {
+            return (body, false);
+        };
+        let size = std::str::from_utf8(&raw[..end]).unwrap();
+        let size = usize::from_str_radix(size, 16).unwrap();
+        if size == 0 {
+            return (body, true);
+        }
+        raw = &raw[end + 2..];
+        if raw.len() < size + 2 {
+            body.extend_from_slice(&raw[..raw.len().min(size)]);
+            return (body, false);
+        }
+        body.extend_from_slice(&raw[..size]);
+        raw = &raw[size + 2..];
+    }
+}
+
+/// The target of a NAR, as the narinfo names it.
+pub fn nar_target(narinfo: &Answer) -> String {
+    let mut lines = narinfo.text().lines();
+    let url = lines.find_map(|line| line.strip_prefix("URL: "));
+    format!("/{}", url.unwrap())
+}
