@@ -26,6 +26,8 @@ use crate::nix::path_info::PathInfo;
 use crate::nix::realisation::{DrvOutput, Realisation};
 use crate::nix::store_path::{StorePath, StorePathHash};
 
+pub mod connection;
+
 /// The bytes of one NAR from its first to its last, in chunks of at most 256 KiB.
 ///
 /// The stream ends after exactly the NAR; an item that is an error is the last. Dropping it
