@@ -4,12 +4,13 @@
 //! decides nothing about trust, choice or retries over several stores: that is the substituter's.
 
 pub mod build_log;
+pub mod connection;
 pub mod daemon;
 pub mod memory;
 pub mod runtime_dir;
 pub mod ssh;
 pub mod ssh_command;
-pub mod ssh_diagnosis;
+mod ssh_diagnosis;
 pub mod ssh_process;
 pub mod wire;
 
@@ -25,8 +26,6 @@ use crate::nix::build_trace::{BuildTraceEntry, BuildTraceKey};
 use crate::nix::path_info::PathInfo;
 use crate::nix::realisation::{DrvOutput, Realisation};
 use crate::nix::store_path::{StorePath, StorePathHash};
-
-pub mod connection;
 
 /// The bytes of one NAR from its first to its last, in chunks of at most 256 KiB.
 ///
