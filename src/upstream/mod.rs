@@ -21,6 +21,7 @@ mod ssh_diagnosis;
 pub mod ssh_process;
 pub mod standing;
 pub mod wire;
+pub mod worker;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
