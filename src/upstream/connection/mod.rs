@@ -232,27 +232,6 @@ impl Default for ConnectionOptions {
     }
 }
 
-impl From<ProtocolError> for Error {
-    fn from(error: ProtocolError) -> Self {
-        let text = error.to_string().into();
-        match error {
-            ProtocolError::GaveUp(_) | ProtocolError::NarCut(_) => Self::Lost(text),
-            _ => Self::Protocol(text),
-        }
-    }
-}
-
-impl From<HandshakeError> for Error {
-    fn from(error: HandshakeError) -> Self {
-        let text = error.to_string().into();
-        match error {
-            HandshakeError::TooOld(_) | HandshakeError::TooNew(_) => Self::Unsupported(text),
-            HandshakeError::Refused(_) => Self::Remote(text),
-            HandshakeError::NotADaemon(_) | HandshakeError::Protocol(_) => Self::Protocol(text),
-        }
-    }
-}
-
 async fn shake_hands(
     reader: &mut (impl AsyncRead + Unpin),
     writer: &mut (impl AsyncWrite + Unpin),
@@ -261,20 +240,14 @@ async fn shake_hands(
     let mut out = BytesMut::new();
     let mut handshake = Handshake::begin(&mut out);
     loop {
-        // What a peer that just closed has said may still be there to be read.
-        let written = writer.write_all_buf(&mut out).await;
-        let written = match written {
-            Ok(()) => writer.flush().await,
-            Err(error) => Err(error),
-        };
+        // If the peer has just closed, what it said before may still be there to be read.
+        let _ = writer.write_all_buf(&mut out).await;
+        let _ = writer.flush().await;
         if reader.read_buf(buffer).await.map_err(|e| lost(&e))? == 0 {
-            let said = handshake.end_of_input(buffer).map(Error::from);
-            return Err(said.unwrap_or_else(|| match written {
-                Ok(()) => Error::Lost("closed before it greeted".into()),
-                Err(error) => lost(&error),
-            }));
+            let said = handshake.end_of_input(buffer).map(of_handshake);
+            return Err(said.unwrap_or_else(|| Error::Lost("closed before it greeted".into())));
         }
-        if let Some(peer) = handshake.proceed(buffer, &mut out)? {
+        if let Some(peer) = handshake.proceed(buffer, &mut out).map_err(of_handshake)? {
             return Ok(peer);
         }
     }
@@ -303,6 +276,26 @@ fn refuse_stream(request: &Request) -> Result<(), Error> {
     }
 }
 
+fn of_protocol(error: ProtocolError) -> Error {
+    let text = error.to_string().into();
+    match error {
+        ProtocolError::GaveUp(_) | ProtocolError::NarCut(_) => Error::Lost(text),
+        _ => Error::Protocol(text),
+    }
+}
+
+fn of_handshake(error: HandshakeError) -> Error {
+    let text = error.to_string().into();
+    match error {
+        HandshakeError::TooOld(_) | HandshakeError::TooNew(_) => Error::Unsupported(text),
+        HandshakeError::Refused(_) => Error::Remote(text),
+        HandshakeError::NotADaemon(_) | HandshakeError::Protocol(_) => Error::Protocol(text),
+    }
+}
+
 fn lost(error: &std::io::Error) -> Error {
     Error::Lost(error.to_string().into())
 }
+
+#[cfg(test)]
+mod tests;
