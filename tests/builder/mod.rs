@@ -54,8 +54,13 @@ impl Builder {
             fs::create_dir(path(name)).unwrap();
         }
         let conf = "experimental-features = nix-command ca-derivations\nsandbox = false\n\
-             build-users-group =\nsubstituters =\n";
-        fs::write(path("conf/nix.conf"), conf).unwrap();
+             build-users-group =\nsubstituters =\nbuilders =\n";
+        // A Nix that runs by way of its loader cannot call itself as its build hook.
+        let hook = match std::env::var("MUSTER_TEST_NIX") {
+            Ok(_) => format!("build-hook = {}\n", path("bin/hook").display()),
+            Err(_) => String::new(),
+        };
+        fs::write(path("conf/nix.conf"), format!("{conf}{hook}")).unwrap();
         for (key, passphrase) in [
             ("host", ""),
             ("other-host", ""),
@@ -153,6 +158,7 @@ impl Builder {
 
     /// Writes `bin/nix-daemon` and the like, which run the Nix that is chosen.
     fn write_programs(&self) {
+        self.write_program("hook", "echo '# decline-permanently' >&2");
         for name in ["nix-daemon", "nix-store", "nix-instantiate"] {
             let run = match std::env::var("MUSTER_TEST_NIX").as_deref() {
                 Err(_) | Ok("2.8") => format!("exec /usr/bin/{name} \"$@\""),
