@@ -55,12 +55,7 @@ impl Builder {
         }
         let conf = "experimental-features = nix-command ca-derivations\nsandbox = false\n\
              build-users-group =\nsubstituters =\nbuilders =\n";
-        // A Nix that runs by way of its loader cannot call itself as its build hook.
-        let hook = match std::env::var("MUSTER_TEST_NIX") {
-            Ok(_) => format!("build-hook = {}\n", path("bin/hook").display()),
-            Err(_) => String::new(),
-        };
-        fs::write(path("conf/nix.conf"), format!("{conf}{hook}")).unwrap();
+        fs::write(path("conf/nix.conf"), conf).unwrap();
         for (key, passphrase) in [
             ("host", ""),
             ("other-host", ""),
@@ -119,7 +114,14 @@ impl Builder {
         let file = file.to_str().unwrap();
         let derivation = self.run("nix-instantiate", &[file]);
         let derivation = derivation.trim();
-        let output = self.nix_store(&["--realise", derivation]);
+        let hook = self.path("bin/hook");
+        let mut arguments = vec!["--realise", derivation];
+        // A Nix that runs by way of its loader cannot call itself as its build hook, and 2.26 takes
+        // another one from the command line only.
+        if std::env::var_os("MUSTER_TEST_NIX").is_some() {
+            arguments.extend(["--option", "build-hook", hook.to_str().unwrap()]);
+        }
+        let output = self.nix_store(&arguments);
         let parse = |text: &str| self.store_dir.parse(text.trim()).unwrap();
         (parse(derivation), parse(&output))
     }
