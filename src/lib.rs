@@ -14,6 +14,7 @@
 
 pub mod cache;
 pub mod codec;
+pub mod config;
 pub mod nix;
 pub mod server;
 pub mod substituter;
