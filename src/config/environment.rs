@@ -34,7 +34,11 @@ impl Environment {
 
     fn of(variable: &dyn Fn(&str) -> Option<OsString>, root: bool) -> Self {
         // What the XDG specification says of relative paths is right for all: ignore them.
-        let folder = |name| variable(name).map(PathBuf::from).filter(|path| path.is_absolute());
+        let folder = |name| {
+            variable(name)
+                .map(PathBuf::from)
+                .filter(|path| path.is_absolute())
+        };
         let systemd = variable("STATE_DIRECTORY").and_then(|list| {
             let first = std::env::split_paths(&list).next()?;
             Some(first).filter(|path| path.is_absolute())
@@ -97,11 +101,17 @@ mod tests {
     fn the_state_directory_follows_systemd_then_the_user() {
         let home = ("HOME", "/home/u");
         let dir = |variables: &[_], root| state_dir(variables, root).unwrap_or_default();
-        assert_eq!(dir(&[("STATE_DIRECTORY", "/var/lib/a:/var/lib/b"), home], true), "/var/lib/a");
+        assert_eq!(
+            dir(&[("STATE_DIRECTORY", "/var/lib/a:/var/lib/b"), home], true),
+            "/var/lib/a"
+        );
         assert_eq!(dir(&[home], true), "/var/lib/muster");
         assert_eq!(dir(&[home], false), "/home/u/.local/state/muster");
         assert_eq!(dir(&[home, ("XDG_STATE_HOME", "/s")], false), "/s/muster");
-        assert_eq!(dir(&[home, ("XDG_STATE_HOME", "s")], false), "/home/u/.local/state/muster");
+        assert_eq!(
+            dir(&[home, ("XDG_STATE_HOME", "s")], false),
+            "/home/u/.local/state/muster"
+        );
         assert_eq!(dir(&[("STATE_DIRECTORY", "")], true), "/var/lib/muster");
         assert_eq!(dir(&[], false), "");
     }
@@ -113,7 +123,10 @@ mod tests {
         let mut environment = Environment::of(&|_| None, true);
         assert_eq!(environment.key_path(Path::new("key")), Path::new("key"));
         environment.credentials_dir = Some(folder.path().to_owned());
-        assert_eq!(environment.key_path(Path::new("key")), folder.path().join("key"));
+        assert_eq!(
+            environment.key_path(Path::new("key")),
+            folder.path().join("key")
+        );
         for other in ["other", "./key", "/key", ".."] {
             assert_eq!(environment.key_path(Path::new(other)), Path::new(other));
         }

@@ -54,7 +54,7 @@ pub enum Error {
         at: At,
         /// Why.
         #[source]
-        cause: KeyFileError,
+        cause: Box<KeyFileError>,
     },
     /// The machines file that was asked for cannot be read.
     #[error("{at}cannot read the machines file {}", path.display())]
@@ -121,7 +121,9 @@ pub(super) fn suggest<'k>(word: &str, known: &[&'k str]) -> Option<&'k str> {
     }
     // `listen-address` for `listen`, `ttl` for `negative-ttl`.
     let first = |text: &str| text.split('-').next().unwrap_or_default().to_owned();
-    let mut related = known.iter().filter(|k| first(k) == first(&word) || k.contains(&word));
+    let mut related = known
+        .iter()
+        .filter(|k| first(k) == first(&word) || k.contains(&word));
     related.next().filter(|_| related.next().is_none()).copied()
 }
 
@@ -150,7 +152,13 @@ mod tests {
 
     #[test]
     fn misspelt_words_are_recognised() {
-        let known = ["listen", "upstreams", "negative-ttl", "max-encoders", "max-connections"];
+        let known = [
+            "listen",
+            "upstreams",
+            "negative-ttl",
+            "max-encoders",
+            "max-connections",
+        ];
         for (word, meant) in [
             ("listn", Some("listen")),
             ("Listen", Some("listen")),

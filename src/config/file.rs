@@ -91,7 +91,9 @@ impl fmt::Display for Place {
 /// Reads a text of at most 1 MiB; bytes that are no UTF-8 are replaced, they may be in comments.
 pub(super) fn read_text(path: &Path) -> io::Result<String> {
     let mut bytes = Vec::new();
-    File::open(path)?.take(TEXT_BYTES_MAX + 1).read_to_end(&mut bytes)?;
+    File::open(path)?
+        .take(TEXT_BYTES_MAX + 1)
+        .read_to_end(&mut bytes)?;
     if bytes.len() as u64 > TEXT_BYTES_MAX {
         let message = "it has more than 1 MiB";
         return Err(io::Error::new(io::ErrorKind::FileTooLarge, message));

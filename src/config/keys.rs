@@ -85,7 +85,9 @@ pub enum KeyFileError {
         source: io::Error,
     },
     /// There is no place for the default key.
-    #[error("there is no place for a signing key: set HOME or STATE_DIRECTORY, or name a key by --secret-key-file")]
+    #[error(
+        "there is no place for a signing key: set HOME or STATE_DIRECTORY, or name a key by --secret-key-file"
+    )]
     NoStateDirectory,
     /// The machine's name cannot be in a key's.
     #[error("the host name cannot be the start of a key's name: name a key by --secret-key-file")]
@@ -104,14 +106,20 @@ pub fn read_secret(path: &Path, environment: &Environment) -> Result<KeyFile, Ke
     let file = File::open(path).map_err(failed)?;
     let metadata = file.metadata().map_err(failed)?;
     let mode = metadata.mode() & 0o7777;
-    let exposed = if is_credential(path, environment) { 0o007 } else { 0o077 };
+    let exposed = if is_credential(path, environment) {
+        0o007
+    } else {
+        0o077
+    };
     // A pipe, as of a shell's `<(…)`, has no other readers.
     if metadata.is_file() && mode & exposed != 0 {
         let path = path.to_owned();
         return Err(KeyFileError::Exposed { path, mode });
     }
     let mut text = Zeroizing::new(String::with_capacity(KEY_BYTES_MAX));
-    file.take(KEY_BYTES_MAX as u64).read_to_string(&mut text).map_err(failed)?;
+    file.take(KEY_BYTES_MAX as u64)
+        .read_to_string(&mut text)
+        .map_err(failed)?;
     let malformed = |source| KeyFileError::Malformed {
         path: path.to_owned(),
         source,
@@ -181,7 +189,10 @@ fn is_credential(path: &Path, environment: &Environment) -> bool {
     let Ok(path) = path.canonicalize() else {
         return false;
     };
-    let own = environment.credentials_dir.as_deref().map(Path::canonicalize);
+    let own = environment
+        .credentials_dir
+        .as_deref()
+        .map(Path::canonicalize);
     let own = own.and_then(Result::ok);
     own.is_some_and(|dir| path.starts_with(dir)) || path.starts_with("/run/credentials")
 }
@@ -214,7 +225,11 @@ fn write_new(path: &Path, mode: u32, bytes: &[u8]) -> Result<(), KeyFileError> {
 }
 
 fn write_beside(beside: &Path, mode: u32, bytes: &[u8]) -> io::Result<()> {
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(beside)?;
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(mode)
+        .open(beside)?;
     file.write_all(bytes)?;
     file.sync_all()
 }

@@ -73,7 +73,12 @@ fn remedy(text: &str) -> String {
         .trim_end_matches('/')
         .replace("localhost", "127.0.0.1");
     let port = bare.trim_start_matches(['*', ':']);
-    for guess in [bare.clone(), format!("{bare}:5000"), format!("0.0.0.0:{port}"), format!("[{bare}]:5000")] {
+    for guess in [
+        bare.clone(),
+        format!("{bare}:5000"),
+        format!("0.0.0.0:{port}"),
+        format!("[{bare}]:5000"),
+    ] {
         if guess.parse::<SocketAddr>().is_ok() {
             return format!("did you mean {guess:?}?");
         }
@@ -90,7 +95,12 @@ mod tests {
 
     #[test]
     fn addresses_are_read_and_written_alike() {
-        for text in ["127.0.0.1:5000", "[::1]:5000", "0.0.0.0:0", "unix:/run/muster/socket"] {
+        for text in [
+            "127.0.0.1:5000",
+            "[::1]:5000",
+            "0.0.0.0:0",
+            "unix:/run/muster/socket",
+        ] {
             let address: ListenAddress = text.parse().unwrap();
             assert_eq!(address.to_string(), text);
         }
@@ -116,6 +126,9 @@ mod tests {
             assert!(error.contains(words), "{text}: {error}");
         }
         let long = format!("unix:/{}", "x".repeat(107));
-        assert!(matches!(long.parse::<ListenAddress>(), Err(ListenError::TooLong(_))));
+        assert!(matches!(
+            long.parse::<ListenAddress>(),
+            Err(ListenError::TooLong(_))
+        ));
     }
 }

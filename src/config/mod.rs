@@ -13,6 +13,7 @@ pub mod keys;
 mod listen;
 pub mod raw;
 mod upstreams;
+pub mod values;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -27,6 +28,7 @@ use crate::nix::signature::SecretKey;
 use crate::nix::store_path::StoreDir;
 use keys::{DefaultKey, Found, KeyFile};
 use raw::RawConfig;
+use values::MachinesSetting;
 
 /// A checked configuration.
 #[derive(Clone, Debug)]
@@ -145,12 +147,14 @@ impl Config {
         look: Look,
     ) -> Result<Self, Error> {
         if look == Look::NotAtFiles {
-            raw.machines = Some(raw::MachinesSetting::Off);
+            raw.machines = Some(MachinesSetting::Off);
             raw.local_daemon = Some(raw.local_daemon.unwrap_or(false));
         }
         let (zstd_level, xz_level) = levels(&raw, file)?;
-        let keys = Keys::find(&raw, file, environment, look)?;
+        let log = checked_log(raw.log.take(), file)?;
         let upstreams = upstreams::find(&mut raw, environment, file)?;
+        // Last, so that nothing is made for a configuration that cannot be used.
+        let keys = Keys::find(&raw, file, environment, look)?;
         let listen = raw.listen.map(|list| list.0).unwrap_or_default();
         let mut listen: Vec<_> = listen.into_iter().map(|address| address.0).collect();
         if listen.is_empty() {
@@ -165,20 +169,22 @@ impl Config {
             generated_key: keys.generated,
             key_to_be_made: keys.to_be_made,
             store_dir: raw.store_dir.map(|dir| dir.0).unwrap_or_default(),
-            priority: raw.priority.unwrap_or(PRIORITY),
+            priority: raw.priority.map_or(PRIORITY, |n| n.0),
             want_mass_query: raw.want_mass_query.unwrap_or(true),
             compression: raw.compression.map(|c| c.0).unwrap_or_default(),
             zstd_level,
             xz_level,
-            max_encoders: raw.max_encoders.map_or(environment.cores, |n| n.get()),
+            max_encoders: raw.max_encoders.map_or(environment.cores, |n| n.0 as usize),
             negative_ttl: raw.negative_ttl.map_or(NEGATIVE_TTL, |s| s.0),
             revalidate_after: raw.revalidate_after.map_or(REVALIDATE_AFTER, |s| s.0),
             memory_cache_bytes: raw.memory_cache_size.map_or(MEMORY_CACHE_BYTES, |b| b.0),
             roots_lifetime: raw.roots_lifetime.map_or(ROOTS_LIFETIME, |s| s.0),
             prefetch: raw.prefetch.unwrap_or(true),
-            max_connections: raw.max_connections.map_or(MAX_CONNECTIONS, |n| n.get() as usize),
+            max_connections: raw
+                .max_connections
+                .map_or(MAX_CONNECTIONS, |n| n.0 as usize),
             stop_timeout: raw.stop_timeout.map_or(STOP_TIMEOUT, |s| s.0),
-            log: checked_log(raw.log, file)?,
+            log,
             log_format: raw.log_format.map(|format| format.0).unwrap_or_default(),
             machines_errors: upstreams.machines_errors,
             machines_warnings: upstreams.machines_warnings,
@@ -210,7 +216,7 @@ impl Keys {
         for path in raw.secret_key_files.iter().flat_map(|list| &list.0) {
             let at = || At(file.and_then(|file| file.locate(&path.0.to_string_lossy())));
             let found = keys::read_secret(&environment.key_path(&path.0), environment);
-            let found = found.map_err(|cause| Error::Key { at: at(), cause })?;
+            let found = found.map_err(|cause| key_error(at(), cause))?;
             let name = found.key.name();
             if keys.files.iter().any(|other| other.key.name() == name) {
                 return Err(Error::Value {
@@ -223,8 +229,7 @@ impl Keys {
         }
         if keys.files.is_empty() {
             let found = keys::default_key(environment, if_none);
-            let at = At::default();
-            match found.map_err(|cause| Error::Key { at, cause })? {
+            match found.map_err(|cause| key_error(At::default(), cause))? {
                 Found::Kept(file) => keys.files.push(file),
                 Found::Made(file) => {
                     keys.generated = Some(file.path.clone());
@@ -237,12 +242,14 @@ impl Keys {
     }
 }
 
+fn key_error(at: At, cause: keys::KeyFileError) -> Error {
+    let cause = Box::new(cause);
+    Error::Key { at, cause }
+}
+
 /// The level is zstd's or xz's by the compression that is set; `auto` makes zstd.
-fn levels(
-    raw: &RawConfig,
-    file: Option<&ConfigFile>,
-) -> Result<(Option<i32>, Option<u32>), Error> {
-    let Some(level) = raw.compression_level else {
+fn levels(raw: &RawConfig, file: Option<&ConfigFile>) -> Result<(Option<i32>, Option<u32>), Error> {
+    let Some(level) = raw.compression_level.map(|level| level.0) else {
         return Ok((None, None));
     };
     let refused = |message: &str| Error::Value {

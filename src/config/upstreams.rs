@@ -9,9 +9,11 @@ use std::time::Duration;
 use super::environment::Environment;
 use super::error::{At, Error, suggest};
 use super::file::{self, ConfigFile};
-use super::raw::{MachinesSetting, RawConfig, RawUpstream, UpstreamTable};
+use super::raw::{RawConfig, RawUpstream, UpstreamTable};
+use super::values::{List, MachinesSetting, Text};
 use crate::nix::machines::{Builder, Machines, MachinesError, MachinesWarning};
 use crate::nix::path_info::Trust;
+use crate::nix::signature::PublicKey;
 use crate::nix::store_uri::settings::KNOWN;
 use crate::nix::store_uri::{StoreKind, StoreUri};
 
@@ -83,7 +85,9 @@ pub(super) fn find(
     let defaults = Defaults {
         connect_timeout: raw.connect_timeout.map_or(CONNECT_TIMEOUT, |s| s.0),
         query_timeout: raw.query_timeout.map_or(QUERY_TIMEOUT, |s| s.0),
-        nar_transfers_max: raw.max_nar_transfers.map_or(NAR_TRANSFERS_MAX, |n| n.get()),
+        nar_transfers_max: raw
+            .max_nar_transfers
+            .map_or(NAR_TRANSFERS_MAX, |n| n.0 as usize),
     };
     let mut found = Upstreams::default();
     for RawUpstream(table) in raw.upstreams.take().map(|list| list.0).unwrap_or_default() {
@@ -105,7 +109,12 @@ pub(super) fn find(
             message: error.to_string(),
         })?;
         if !found.has(&daemon) {
-            found.list.push(upstream(daemon, Source::LocalDaemon, &defaults, environment));
+            found.list.push(upstream(
+                daemon,
+                Source::LocalDaemon,
+                &defaults,
+                environment,
+            ));
         }
     }
     Ok(found)
@@ -127,13 +136,18 @@ impl Upstreams {
         let mut upstream = upstream(table.uri.0, Source::Named, defaults, environment);
         if self.has(&upstream.uri) {
             let name = upstream.uri.name();
-            self.warnings.push(format!("upstream {name} is named twice; the first counts"));
+            self.warnings
+                .push(format!("upstream {name} is named twice; the first counts"));
             return Ok(());
         }
         if let Some(name) = table.name {
             let taken = self.list.iter().any(|other| other.name == name);
             if taken || name.is_empty() || name.contains(char::is_control) {
-                let message = if taken { "two upstreams have it" } else { "it cannot be a name" };
+                let message = if taken {
+                    "two upstreams have it"
+                } else {
+                    "it cannot be a name"
+                };
                 return Err(Error::Value {
                     at: At(file.and_then(|file| file.locate(&name))),
                     key: "name",
@@ -142,20 +156,13 @@ impl Upstreams {
             }
             upstream.name = name;
         }
-        let settings = upstream.uri.settings();
-        let keys = table.trusted_public_keys.map(|keys| keys.0.into_iter().map(|key| key.0).collect());
-        let keys = keys.unwrap_or_else(|| settings.trusted_public_keys.clone());
-        upstream.trust = match table.trusted.or(settings.trusted) {
-            Some(true) => Trust::Operator,
-            Some(false) => Trust::Keys(keys),
-            // Whoever lists keys wants them to be asked for.
-            None if keys.is_empty() && is_own(upstream.uri.kind()) => Trust::Operator,
-            None => Trust::Keys(keys),
-        };
-        upstream.connect_timeout = table.connect_timeout.map_or(upstream.connect_timeout, |s| s.0);
+        upstream.trust = trust(&upstream.uri, table.trusted, table.trusted_public_keys);
+        upstream.connect_timeout = table
+            .connect_timeout
+            .map_or(upstream.connect_timeout, |s| s.0);
         upstream.query_timeout = table.query_timeout.map_or(upstream.query_timeout, |s| s.0);
         if let Some(max) = table.max_nar_transfers {
-            upstream.nar_transfers_max = max.get();
+            upstream.nar_transfers_max = max.0 as usize;
         }
         self.warn_about(&upstream);
         self.list.push(upstream);
@@ -165,23 +172,23 @@ impl Upstreams {
     /// A store that the operator named keeps the operator's settings, and learns its systems.
     fn add_builder(&mut self, builder: Builder, defaults: &Defaults, environment: &Environment) {
         let id = builder.uri.id();
-        if let Some(known) = self.list.iter_mut().find(|upstream| upstream.uri.id() == id) {
+        if let Some(known) = self
+            .list
+            .iter_mut()
+            .find(|upstream| upstream.uri.id() == id)
+        {
             known.systems.extend(builder.systems);
             return;
         }
-        let source = builder.places.first().map_or(Source::Named, |place| Source::Machines {
-            file: place.origin.to_string(),
-            line: place.line,
-        });
+        let source = builder
+            .places
+            .first()
+            .map_or(Source::Named, |place| Source::Machines {
+                file: place.origin.to_string(),
+                line: place.line,
+            });
         let mut upstream = upstream(builder.uri, source, defaults, environment);
         upstream.systems = builder.systems;
-        let settings = upstream.uri.settings();
-        if settings.trusted == Some(false) || !is_own(upstream.uri.kind()) {
-            upstream.trust = match settings.trusted {
-                Some(true) => Trust::Operator,
-                _ => Trust::Keys(settings.trusted_public_keys.clone()),
-            };
-        }
         self.warn_about(&upstream);
         self.list.push(upstream);
     }
@@ -196,8 +203,12 @@ impl Upstreams {
         }
         for param in upstream.uri.unknown_params() {
             let meant = suggest(param, &KNOWN);
-            let meant = meant.map(|meant| format!("; did you mean {meant:?}?")).unwrap_or_default();
-            self.warnings.push(format!("upstream {name}: unknown parameter {param:?} is ignored{meant}"));
+            let meant = meant
+                .map(|meant| format!("; did you mean {meant:?}?"))
+                .unwrap_or_default();
+            self.warnings.push(format!(
+                "upstream {name}: unknown parameter {param:?} is ignored{meant}"
+            ));
         }
     }
 }
@@ -221,7 +232,7 @@ fn upstream(
     let ssh_key = uri.settings().ssh_key.as_ref();
     Upstream {
         name: uri.name(),
-        trust: Trust::Operator,
+        trust: trust(&uri, None, None),
         ssh_key: ssh_key.map(|path| environment.key_path(Path::new(path))),
         source,
         systems: BTreeSet::new(),
@@ -229,6 +240,20 @@ fn upstream(
         query_timeout: defaults.query_timeout,
         nar_transfers_max: defaults.nar_transfers_max,
         uri,
+    }
+}
+
+/// Decides whom an upstream is believed; what the configuration says goes before the URI.
+fn trust(uri: &StoreUri, trusted: Option<bool>, keys: Option<List<Text<PublicKey>>>) -> Trust {
+    let settings = uri.settings();
+    let keys = keys.map(|keys| keys.0.into_iter().map(|key| key.0).collect());
+    let keys: Vec<_> = keys.unwrap_or_else(|| settings.trusted_public_keys.clone());
+    match trusted.or(settings.trusted) {
+        Some(true) => Trust::Operator,
+        Some(false) => Trust::Keys(keys),
+        // Whoever lists keys wants them to be asked for.
+        None if keys.is_empty() && is_own(uri.kind()) => Trust::Operator,
+        None => Trust::Keys(keys),
     }
 }
 
@@ -240,9 +265,10 @@ fn is_own(kind: &StoreKind) -> bool {
         | StoreKind::Local(_)
         | StoreKind::Ssh(_)
         | StoreKind::SshNg(_) => true,
-        StoreKind::Http(..) | StoreKind::Https(..) | StoreKind::File(_) | StoreKind::Unsupported(_) => {
-            false
-        }
+        StoreKind::Http(..)
+        | StoreKind::Https(..)
+        | StoreKind::File(_)
+        | StoreKind::Unsupported(_) => false,
     }
 }
 
