@@ -15,6 +15,7 @@ use tokio::sync::watch;
 use tokio::time::sleep;
 
 use super::{Error, Link, NarStream, Upstream};
+use crate::nix::build_trace::{BuildTraceEntry, BuildTraceKey};
 use crate::nix::path_info::PathInfo;
 use crate::nix::realisation::{DrvOutput, Realisation};
 use crate::nix::store_path::{StorePath, StorePathHash};
@@ -40,6 +41,8 @@ pub enum Question {
     BuildLog,
     /// [`Upstream::realisation`].
     Realisation,
+    /// [`Upstream::build_trace`].
+    BuildTrace,
 }
 
 /// What becomes of a question.
@@ -91,6 +94,7 @@ struct State {
     nars: HashMap<StorePath, Bytes>,
     logs: HashMap<StorePath, Bytes>,
     realisations: HashMap<DrvOutput, Realisation>,
+    build_traces: HashMap<BuildTraceKey, BuildTraceEntry>,
     scripts: HashMap<Question, Script>,
     nar_scripts: HashMap<StorePath, NarScript>,
     counts: HashMap<Question, u64>,
@@ -145,6 +149,12 @@ impl Memory {
     pub fn add_realisation(&self, realisation: Realisation) {
         let id = realisation.id.clone();
         self.state().realisations.insert(id, realisation);
+    }
+
+    /// Adds a build trace entry.
+    pub fn add_build_trace(&self, entry: BuildTraceEntry) {
+        let key = entry.key.clone();
+        self.state().build_traces.insert(key, entry);
     }
 
     /// Says what becomes of a kind of question from now on; `None`: answered at once.
@@ -298,6 +308,11 @@ impl Upstream for Memory {
         self.play(Question::Realisation).await?;
         Ok(self.state().realisations.get(id).cloned())
     }
+
+    async fn build_trace(&self, key: &BuildTraceKey) -> Result<Option<BuildTraceEntry>, Error> {
+        self.play(Question::BuildTrace).await?;
+        Ok(self.state().build_traces.get(key).cloned())
+    }
 }
 
 impl Default for NarScript {
@@ -344,13 +359,14 @@ fn stream_of(nar: Bytes, script: NarScript) -> NarStream {
     }
 }
 
-const QUESTIONS: [Question; 6] = [
+const QUESTIONS: [Question; 7] = [
     Question::PathInfo,
     Question::PathInfos,
     Question::Nar,
     Question::Keep,
     Question::BuildLog,
     Question::Realisation,
+    Question::BuildTrace,
 ];
 
 #[cfg(test)]

@@ -3,15 +3,25 @@
 //! An upstream answers for its own store only and never recurses into further substituters. It
 //! decides nothing about trust, choice or retries over several stores: that is the substituter's.
 
+mod backoff;
 pub mod build_log;
+pub mod connection;
 pub mod daemon;
+mod generations;
+mod leased;
 pub mod memory;
+pub mod pool;
+mod pool_choice;
+pub mod roots;
 pub mod runtime_dir;
+pub mod session;
 pub mod ssh;
 pub mod ssh_command;
-pub mod ssh_diagnosis;
+mod ssh_diagnosis;
 pub mod ssh_process;
+pub mod standing;
 pub mod wire;
+pub mod worker;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -71,7 +71,7 @@ pub enum TargetError {
 pub struct SshOptions {
     /// The program, found in `PATH`.
     pub program: PathBuf,
-    /// Time for the login. It is ssh's own bound; whoever dials has one too.
+    /// The bound of whoever dials; ssh's own bound on a login is a second less.
     pub connect_timeout: Duration,
     /// Commands beside the daemon at once: sshd drops logins beyond ten under way (`MaxStartups`).
     pub commands_max: usize,

@@ -22,7 +22,7 @@ pub struct Login<'a> {
     pub target: &'a SshTarget,
     /// The file that holds the pinned host key alone.
     pub known_hosts: Option<&'a Path>,
-    /// ssh's own bound on connecting; full seconds, at least one.
+    /// Bound of whoever dials; ssh's own is a second less, at least one.
     pub connect_timeout: Duration,
     /// What for.
     pub purpose: Purpose,
@@ -110,7 +110,8 @@ impl Login<'_> {
         if let Some(port) = self.target.port {
             words.push(format!("-p{port}").into());
         }
-        let seconds = self.connect_timeout.as_secs_f64().ceil().max(1.0);
+        // A second less than whoever dials waits, so that ssh can still say what it waited for.
+        let seconds = self.connect_timeout.as_secs().saturating_sub(1).max(1);
         words.push(format!("-oConnectTimeout={seconds}").into());
         words.push("--".into());
         words.extend(remote.iter().map(OsString::from));
@@ -253,7 +254,7 @@ mod tests {
         let words = arguments(&target(), None);
         assert_eq!(words[0], "builder");
         assert!(words.contains(&"-oServerAliveInterval=1".into()));
-        assert!(words.contains(&"-oConnectTimeout=3".into()));
+        assert!(words.contains(&"-oConnectTimeout=1".into()));
         assert_eq!(words[words.len() - 3..], ["--", "nix-daemon", "--stdio"]);
         assert!(!words.iter().any(|w| w.contains("KnownHosts")));
     }

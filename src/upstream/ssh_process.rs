@@ -91,14 +91,7 @@ impl Process {
     /// Waits for ssh to end, at most [`EXPLAIN_WITHIN`].
     pub async fn explain(&self, error: Error) -> Error {
         let status = timeout(EXPLAIN_WITHIN, self.exited()).await.ok().flatten();
-        let tail = self.tail.text();
-        let diagnosis = diagnose(&Evidence {
-            host: &self.host,
-            stderr: &tail,
-            exit_code: status.and_then(|s| s.code()),
-            pinned: self.pinned,
-        });
-        match (error, diagnosis) {
+        match (error, self.diagnosis(status)) {
             (error, None) => error,
             (Error::Protocol(text), Some(said)) => {
                 Error::Protocol(format!("{text}; {said}").into())
@@ -106,6 +99,21 @@ impl Process {
             (Error::Down(_), Some(said)) => Error::Down(said.into()),
             (_, Some(said)) => Error::Lost(said.into()),
         }
+    }
+
+    /// Returns what ssh has said so far with the remedy; `None`: nothing.
+    pub fn words(&self) -> Option<String> {
+        let status = *self.exit.borrow();
+        self.diagnosis(status)
+    }
+
+    fn diagnosis(&self, status: Option<ExitStatus>) -> Option<String> {
+        diagnose(&Evidence {
+            host: &self.host,
+            stderr: &self.tail.text(),
+            exit_code: status.and_then(|s| s.code()),
+            pinned: self.pinned,
+        })
     }
 
     async fn exited(&self) -> Option<ExitStatus> {
@@ -142,7 +150,7 @@ impl Started {
         let whole = async {
             let stdout = read_bounded(&mut stdout, bounds.output_bytes_max).await?;
             let status = process.exited().await;
-            Ok((stdout, status))
+            Ok::<_, Error>((stdout, status))
         };
         let (stdout, status) =
             timeout(bounds.time, whole)

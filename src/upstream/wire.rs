@@ -70,6 +70,11 @@ impl Guard {
             _ => error,
         }
     }
+
+    /// Returns what the carrier has said so far, where it has said anything.
+    pub fn words(&self) -> Option<String> {
+        self.0.as_ref()?.words()
+    }
 }
 
 /// What a command beside the daemon may take.

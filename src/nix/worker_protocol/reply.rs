@@ -9,6 +9,7 @@ use super::request::Awaited;
 use super::shape::Field;
 use super::wire::Reader;
 use super::{ProtocolError, Version, message};
+use crate::nix::build_trace::BuildTraceEntry;
 use crate::nix::content_address::ContentAddress;
 use crate::nix::hash::NarHash;
 use crate::nix::path_info::PathInfo;
@@ -37,16 +38,7 @@ pub enum Reply {
     /// To `QueryRealisation`; `None`: not known.
     Realisation(Option<Realisation>),
     /// To `QueryBuildTrace`; `None`: not known.
-    BuildTrace(Option<BuildTrace>),
-}
-
-/// What an output of a derivation was realised as, without its own name.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct BuildTrace {
-    /// The path that it became.
-    pub out_path: StorePath,
-    /// Well-formed signatures by whatever key.
-    pub signatures: Vec<Signature>,
+    BuildTrace(Option<BuildTraceEntry>),
 }
 
 /// Why a question has no reply; the session goes on.
@@ -76,7 +68,7 @@ pub(super) fn shape(awaited: &Awaited) -> &'static [Field] {
         Awaited::Nothing | Awaited::AllPaths | Awaited::Nar { .. } => &[],
         Awaited::Path => &[Field::Text],
         Awaited::Paths | Awaited::Realisation(_) => &[Field::Texts],
-        Awaited::BuildTrace => &[Field::Present, Field::Text, Field::Texts],
+        Awaited::BuildTrace(_) => &[Field::Present, Field::Text, Field::Texts],
         Awaited::PathInfo(_) => &[
             Field::Present,
             Field::Text,
@@ -122,9 +114,10 @@ pub(super) fn decode(
                 dependent_realisations: Default::default(),
             }))
         }
-        Awaited::BuildTrace => Reply::BuildTrace(match reader.number()? {
+        Awaited::BuildTrace(key) => Reply::BuildTrace(match reader.number()? {
             0 => None,
-            _ => Some(BuildTrace {
+            _ => Some(BuildTraceEntry {
+                key,
                 out_path: path(reader.text()?, store_dir)?,
                 signatures: signatures(&mut reader)?,
             }),

@@ -7,6 +7,7 @@ use bytes::BytesMut;
 
 use super::wire::Writer;
 use super::{Peer, Version};
+use crate::nix::build_trace::BuildTraceKey;
 use crate::nix::realisation::DrvOutput;
 use crate::nix::signature::Signature;
 use crate::nix::store_path::{StoreDir, StorePath, StorePathHash};
@@ -43,12 +44,7 @@ pub enum Request {
     /// What a derivation output, named by hash, was realised as: protocol 1.27 to Nix 2.34.
     QueryRealisation(DrvOutput),
     /// What an output of a derivation was realised as: Nix 2.35 and later.
-    QueryBuildTrace {
-        /// The derivation.
-        derivation: StorePath,
-        /// The name of its output.
-        output: String,
-    },
+    QueryBuildTrace(BuildTraceKey),
 }
 
 /// Writes requests as one peer understands them.
@@ -74,7 +70,7 @@ pub(super) enum Awaited {
     Paths,
     Nar { size: u64 },
     Realisation(DrvOutput),
-    BuildTrace,
+    BuildTrace(BuildTraceKey),
 }
 
 /// A question that this peer cannot be asked.
@@ -98,7 +94,7 @@ impl Request {
             Self::QueryValidPaths(_) => "QueryValidPaths",
             Self::AddSignatures(..) => "AddSignatures",
             Self::NarFromPath { .. } => "NarFromPath",
-            Self::QueryRealisation(_) | Self::QueryBuildTrace { .. } => "QueryRealisation",
+            Self::QueryRealisation(_) | Self::QueryBuildTrace(_) => "QueryRealisation",
         }
     }
 
@@ -113,7 +109,7 @@ impl Request {
             Self::QueryValidPaths(_) => 31,
             Self::AddSignatures(..) => 37,
             Self::NarFromPath { .. } => 38,
-            Self::QueryRealisation(_) | Self::QueryBuildTrace { .. } => 43,
+            Self::QueryRealisation(_) | Self::QueryBuildTrace(_) => 43,
         }
     }
 }
@@ -132,7 +128,7 @@ impl Encoder {
     pub fn encode(&self, request: Request, out: &mut BytesMut) -> Result<Expected, Unsupported> {
         let supported = match &request {
             Request::QueryRealisation(_) => self.version.has(27) && !self.build_traces,
-            Request::QueryBuildTrace { .. } => self.build_traces,
+            Request::QueryBuildTrace(_) => self.build_traces,
             _ => true,
         };
         if !supported {
@@ -196,10 +192,10 @@ impl Encoder {
                 out.text(id.as_str());
                 Awaited::Realisation(id)
             }
-            Request::QueryBuildTrace { derivation, output } => {
-                self.path(&derivation, out);
-                out.text(&output);
-                Awaited::BuildTrace
+            Request::QueryBuildTrace(key) => {
+                self.path(key.derivation(), out);
+                out.text(key.output());
+                Awaited::BuildTrace(key)
             }
         }
     }
@@ -231,7 +227,11 @@ impl Awaited {
                 let id = "sha256:0mdqa9w1p6cmli6976v4wi0sw9r4p5prkj7lzfd1877wk11c9c73!out";
                 Self::Realisation(id.parse().expect("a name"))
             }
-            _ => Self::BuildTrace,
+            _ => {
+                let derivation = "i4f75pn3bxkxdk2kld86k5qazq4cqj8i-hello.drv";
+                let key = BuildTraceKey::new(derivation.parse().expect("a path"), "out");
+                Self::BuildTrace(key.expect("a key"))
+            }
         }
     }
 }
@@ -311,10 +311,9 @@ mod tests {
     fn realisations_are_asked_for_as_the_peer_names_them() {
         let id: DrvOutput = format!("sha256:{}!out", "0".repeat(64)).parse().unwrap();
         let by_hash = Request::QueryRealisation(id);
-        let by_path = Request::QueryBuildTrace {
-            derivation: path(),
-            output: "out".to_owned(),
-        };
+        let derivation = "i4f75pn3bxkxdk2kld86k5qazq4cqj8i-hello.drv".parse();
+        let key = BuildTraceKey::new(derivation.unwrap(), "out").unwrap();
+        let by_path = Request::QueryBuildTrace(key);
         let asks = |minor, build_traces, request: &Request| {
             let encoder = Encoder::new(&peer(minor, build_traces), StoreDir::default());
             let mut out = BytesMut::new();

@@ -1,0 +1,441 @@
+//! The sessions that carry NARs: a few that small NARs share, one of its own for each large NAR.
+//!
+//! A NAR never rides on the look-up connection: NarFromPath of a path that is gone breaks its
+//! session. When a session breaks, the NARs that had given no byte yet are asked once more on
+//! another. Tasks that open sessions are owned by the pool and end with it; a stream that is
+//! being read keeps its session, but not the pool.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use futures_util::StreamExt as _;
+use futures_util::stream;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::{Instant, sleep, timeout};
+use tracing::debug;
+
+use super::leased::Leased;
+use super::pool_choice::{self, Choice, Load, Usage};
+use super::session::{Session, SessionOptions};
+use super::wire::{Dial, Purpose};
+use super::{Error, NarStream};
+use crate::nix::store_path::StorePath;
+use crate::nix::worker_protocol::reply::Reply;
+use crate::nix::worker_protocol::request::Request;
+
+/// Opens NARs over as few sessions as do.
+pub struct Pool {
+    shared: Arc<Shared>,
+    keeper: JoinHandle<()>,
+}
+
+/// The bounds of a pool.
+#[derive(Clone, Debug)]
+pub struct PoolOptions {
+    /// Of opening a session.
+    pub session: SessionOptions,
+    /// A NAR of more bytes is large: it is streamed with back-pressure on a session of its own.
+    pub small_bytes_max: u64,
+    /// Sessions that small NARs share.
+    pub shared_max: usize,
+    /// Large NARs under way; further ones wait.
+    pub large_max: usize,
+    /// Logins under way: sshd drops some beyond ten from everyone (`MaxStartups`).
+    pub logins_max: usize,
+    /// An idle session is closed after so long; one stays.
+    pub idle_max: Duration,
+    /// The longest silence before and within a NAR. A large one that waits for its turn does not
+    /// count as silent.
+    pub silence_max: Duration,
+}
+
+struct Shared {
+    name: String,
+    dial: Arc<dyn Dial>,
+    options: PoolOptions,
+    // Never held over an await; no other lock is taken under it.
+    state: Mutex<State>,
+    large: Arc<Semaphore>,
+    logins: Arc<Semaphore>,
+    /// Tells those who wait for a session how the last opening went.
+    opened: watch::Sender<Opened>,
+}
+
+#[derive(Default)]
+struct State {
+    slots: Vec<Slot>,
+    next: u64,
+    opening: usize,
+    /// One session is to be kept open even when nothing is asked.
+    warm: bool,
+    openers: JoinSet<()>,
+}
+
+struct Slot {
+    id: u64,
+    session: Arc<Session>,
+    load: Load,
+}
+
+/// The result of the last opening of a shared session.
+#[derive(Clone, Default)]
+struct Opened {
+    error: Option<Error>,
+}
+
+/// The use of a session by one NAR; given back when dropped.
+pub(super) struct Lease {
+    shared: Weak<Shared>,
+    id: u64,
+    bytes: u64,
+    usage: Usage,
+    ended: bool,
+    // Keeps the session open for as long as the NAR is read.
+    session: Arc<Session>,
+    _permit: Option<OwnedSemaphorePermit>,
+}
+
+impl Pool {
+    /// Makes a pool without a session; must be called in a runtime.
+    pub fn new(name: String, dial: Arc<dyn Dial>, options: PoolOptions) -> Self {
+        let shared = Arc::new(Shared {
+            name,
+            dial,
+            state: Mutex::default(),
+            large: Arc::new(Semaphore::new(options.large_max.max(1))),
+            logins: Arc::new(Semaphore::new(options.logins_max.max(1))),
+            opened: watch::Sender::default(),
+            options,
+        });
+        let keeper = tokio::spawn(tend(Arc::downgrade(&shared), shared.options.idle_max));
+        Self { shared, keeper }
+    }
+
+    /// Says whether one session is to be kept open, and opens it if there is none.
+    pub fn warm(&self, warm: bool) {
+        let mut state = self.shared.state();
+        state.warm = warm;
+        if warm && state.slots.is_empty() && state.opening == 0 {
+            self.shared.begin_open(&mut state);
+        }
+    }
+
+    /// Opens the NAR of a path and waits for its first bytes; `None`: the path is gone.
+    ///
+    /// Dropped, a small NAR still comes and is thrown away; the session of a large one closes.
+    pub async fn nar(&self, path: &StorePath, nar_size: u64) -> Result<Option<NarStream>, Error> {
+        let large = nar_size > self.shared.options.small_bytes_max;
+        let mut attempt = 1;
+        loop {
+            let lease = if large {
+                self.shared.lease_large(nar_size).await?
+            } else {
+                self.shared.lease_small(nar_size).await?
+            };
+            let session = lease.session.clone();
+            // Among the NARs that a break left open there may be more that would break a session.
+            if attempt > 1 && !is_there(&session, path).await? {
+                return Ok(None);
+            }
+            match self.shared.open_nar(lease, path, nar_size).await {
+                Err(error) if attempt < ATTEMPTS && session.broke(&error) => attempt += 1,
+                Err(error) => return Err(session.explain(error).await),
+                opened => return opened,
+            }
+        }
+    }
+
+    /// Returns how many sessions are open, for people.
+    pub fn sessions(&self) -> usize {
+        self.shared.state().slots.len()
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.keeper.abort();
+    }
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Asks for the NAR and waits for its first bytes, so that a loss until then can be made good.
+    async fn open_nar(
+        &self,
+        mut lease: Lease,
+        path: &StorePath,
+        nar_size: u64,
+    ) -> Result<Option<NarStream>, Error> {
+        let session = lease.session.clone();
+        let silence_max = self.options.silence_max;
+        let first = async {
+            let Some(mut nar) = session.nar(path, nar_size).await? else {
+                return Ok(None);
+            };
+            match nar.next().await {
+                None => Ok(Some((None, nar))),
+                Some(Ok(chunk)) => Ok(Some((Some(chunk), nar))),
+                Some(Err(error)) => Err(error),
+            }
+        };
+        let (first, rest) = match timeout(silence_max, first).await {
+            Ok(Ok(Some(opened))) => opened,
+            Ok(Ok(None)) => {
+                lease.end();
+                return Ok(None);
+            }
+            Ok(Err(error)) => {
+                if session.broke(&error) {
+                    lease.discard();
+                }
+                return Err(error);
+            }
+            Err(_) => {
+                lease.discard();
+                return Err(Error::TimedOut {
+                    question: "NarFromPath",
+                    after: silence_max,
+                });
+            }
+        };
+        let whole = stream::iter(first.map(Ok)).chain(rest);
+        Ok(Some(Leased::new(whole.boxed(), lease, silence_max).boxed()))
+    }
+
+    /// Takes a part in a shared session, opening one where there is none.
+    async fn lease_small(self: &Arc<Self>, bytes: u64) -> Result<Lease, Error> {
+        let mut opened = self.opened.subscribe();
+        loop {
+            {
+                let mut state = self.state();
+                state.drop_closed();
+                let choice =
+                    pool_choice::for_small(&state.loads(), state.opening, self.options.shared_max);
+                match choice {
+                    Choice::Use(place) => return Ok(self.lease(&mut state, place, bytes, None)),
+                    Choice::UseAndOpen(place) => {
+                        self.begin_open(&mut state);
+                        return Ok(self.lease(&mut state, place, bytes, None));
+                    }
+                    Choice::Wait if state.opening == 0 => self.begin_open(&mut state),
+                    Choice::Wait => {}
+                }
+            }
+            if opened.changed().await.is_err() {
+                return Err(Error::Down("it is being closed".into()));
+            }
+            if let Some(error) = opened.borrow_and_update().error.clone() {
+                return Err(error);
+            }
+        }
+    }
+
+    /// Takes a session for a large NAR alone, waiting while there are too many.
+    async fn lease_large(self: &Arc<Self>, bytes: u64) -> Result<Lease, Error> {
+        let permit = self.large.clone().acquire_owned().await;
+        let permit = permit.map_err(|_| Error::Down("it is being closed".into()))?;
+        {
+            let mut state = self.state();
+            state.drop_closed();
+            if let Some(place) = pool_choice::for_large(&state.loads()) {
+                let lease = self.lease(&mut state, place, bytes, Some(permit));
+                // Small NARs must not find the last shared session gone.
+                let shared = |slot: &Slot| slot.load.usage == Usage::Shared;
+                if state.opening == 0 && !state.slots.iter().any(shared) {
+                    self.begin_open(&mut state);
+                }
+                return Ok(lease);
+            }
+        }
+        let session = self.open().await?;
+        let mut state = self.state();
+        let place = state.add(session);
+        Ok(self.lease(&mut state, place, bytes, Some(permit)))
+    }
+
+    /// Notes the use of a session by a NAR; with a permit, by a large one alone.
+    fn lease(
+        self: &Arc<Self>,
+        state: &mut State,
+        place: usize,
+        bytes: u64,
+        permit: Option<OwnedSemaphorePermit>,
+    ) -> Lease {
+        let slot = &mut state.slots[place];
+        slot.load.nars += 1;
+        slot.load.bytes += bytes;
+        let usage = match permit {
+            Some(_) => Usage::Exclusive,
+            None => Usage::Shared,
+        };
+        slot.load.usage = usage;
+        Lease {
+            shared: Arc::downgrade(self),
+            id: slot.id,
+            bytes,
+            usage,
+            ended: false,
+            session: slot.session.clone(),
+            _permit: permit,
+        }
+    }
+
+    async fn open(&self) -> Result<Arc<Session>, Error> {
+        let _login = self.logins.acquire().await;
+        let session = Session::open(&*self.dial, Purpose::Nar, &self.options.session).await?;
+        debug!(upstream = %self.name, "opened a session for NARs");
+        Ok(Arc::new(session))
+    }
+
+    /// Opens a shared session in the background and tells those who wait.
+    fn begin_open(self: &Arc<Self>, state: &mut State) {
+        state.opening += 1;
+        while state.openers.try_join_next().is_some() {}
+        // The task must not keep the pool that owns it.
+        let pool = Arc::downgrade(self);
+        let logins = self.logins.clone();
+        let dial = self.dial.clone();
+        let options = self.options.session.clone();
+        state.openers.spawn(async move {
+            let _login = logins.acquire().await;
+            let result = Session::open(&*dial, Purpose::Nar, &options).await;
+            if let Some(pool) = pool.upgrade() {
+                pool.end_open(result);
+            }
+        });
+    }
+
+    fn end_open(&self, result: Result<Session, Error>) {
+        let mut state = self.state();
+        state.opening -= 1;
+        let error = match result {
+            Ok(session) => {
+                debug!(upstream = %self.name, "opened a session for NARs");
+                state.add(Arc::new(session));
+                None
+            }
+            Err(error) => {
+                debug!(upstream = %self.name, %error, "cannot open a session for NARs");
+                Some(error)
+            }
+        };
+        drop(state);
+        self.opened.send_replace(Opened { error });
+    }
+}
+
+impl State {
+    fn loads(&self) -> Vec<Load> {
+        self.slots.iter().map(|slot| slot.load).collect()
+    }
+
+    fn add(&mut self, session: Arc<Session>) -> usize {
+        self.next += 1;
+        self.slots.push(Slot {
+            id: self.next,
+            session,
+            load: Load {
+                usage: Usage::Shared,
+                nars: 0,
+                bytes: 0,
+                since: Instant::now().into_std(),
+            },
+        });
+        self.slots.len() - 1
+    }
+
+    fn drop_closed(&mut self) {
+        self.slots.retain(|slot| !slot.session.is_closed());
+    }
+}
+
+impl Lease {
+    /// Notes that the NAR came whole, or that the peer said properly that it does not come.
+    pub(super) fn end(&mut self) {
+        self.ended = true;
+    }
+
+    /// Lets the session carry no further NAR; it closes when those on it are through.
+    pub(super) fn discard(&mut self) {
+        self.usage = Usage::Exclusive;
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        let Some(shared) = self.shared.upgrade() else {
+            return;
+        };
+        let mut state = shared.state();
+        let Some(place) = state.slots.iter().position(|slot| slot.id == self.id) else {
+            return;
+        };
+        let slot = &mut state.slots[place];
+        slot.load.nars = slot.load.nars.saturating_sub(1);
+        slot.load.bytes = slot.load.bytes.saturating_sub(self.bytes);
+        slot.load.since = Instant::now().into_std();
+        if self.usage == Usage::Exclusive {
+            slot.load.usage = Usage::Shared;
+            if !self.ended {
+                // What is left of a large NAR would have to be read and thrown away.
+                state.slots.swap_remove(place);
+            }
+        }
+    }
+}
+
+/// Asks whether the path is there, before the NAR is asked for.
+async fn is_there(session: &Session, path: &StorePath) -> Result<bool, Error> {
+    match session.ask(Request::IsValidPath(path.clone())).await {
+        Ok(Reply::Valid(valid)) => Ok(valid),
+        // What breaks here breaks there too, and is counted there.
+        Ok(_) | Err(Error::Lost(_)) => Ok(true),
+        Err(error) => Err(error),
+    }
+}
+
+/// Closes sessions that idle, and opens one anew that is to be kept warm.
+async fn tend(pool: Weak<Shared>, idle_max: Duration) {
+    let pause = (idle_max / 4).max(Duration::from_millis(10));
+    loop {
+        sleep(pause).await;
+        let Some(shared) = pool.upgrade() else {
+            return;
+        };
+        let mut state = shared.state();
+        state.drop_closed();
+        let now = Instant::now().into_std();
+        let mut stale = pool_choice::stale(&state.loads(), now, idle_max, WARM);
+        stale.sort_unstable();
+        for place in stale.into_iter().rev() {
+            state.slots.swap_remove(place);
+        }
+        if state.warm && state.slots.is_empty() && state.opening == 0 {
+            shared.begin_open(&mut state);
+        }
+    }
+}
+
+impl Default for PoolOptions {
+    fn default() -> Self {
+        Self {
+            session: SessionOptions::default(),
+            small_bytes_max: 4 << 20,
+            shared_max: 3,
+            large_max: 8,
+            logins_max: 3,
+            idle_max: Duration::from_secs(60),
+            silence_max: Duration::from_secs(30),
+        }
+    }
+}
+
+/// How often a NAR is asked for whose sessions break before its first byte.
+const ATTEMPTS: usize = 3;
+
+/// Idle sessions that stay.
+const WARM: usize = 1;

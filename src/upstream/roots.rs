@@ -1,0 +1,179 @@
+//! Keeps paths from a builder's garbage collection for a while.
+//!
+//! Temporary roots live as long as their connection, so they have connections of their own, opened
+//! at the first path and closed when nothing is held any more. See `generations`.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep_until, timeout};
+use tracing::debug;
+
+use super::Error;
+use super::generations::Generations;
+use super::session::{Session, SessionOptions};
+use super::wire::{Dial, Purpose};
+use crate::nix::store_path::StorePath;
+use crate::nix::worker_protocol::reply::Reply;
+use crate::nix::worker_protocol::request::Request;
+
+/// Roots paths in two generations.
+pub struct Roots {
+    shared: Arc<Shared>,
+    keeper: JoinHandle<()>,
+}
+
+/// The bounds of temporary roots.
+#[derive(Clone, Debug)]
+pub struct RootsOptions {
+    /// Of opening a session.
+    pub session: SessionOptions,
+    /// How long a generation takes roots, and then holds them.
+    pub lifetime: Duration,
+    /// From asking to the answer.
+    pub query_timeout: Duration,
+    /// Paths in one generation; some 100 bytes each.
+    pub roots_max: usize,
+}
+
+struct Shared {
+    name: String,
+    dial: Arc<dyn Dial>,
+    options: RootsOptions,
+    // Never held over an await; no other lock is taken under it.
+    generations: Mutex<Generations<Arc<Session>>>,
+    /// Held while a session opens, so that one does for all who wait.
+    opening: tokio::sync::Mutex<()>,
+    /// Tells the keeper that a generation began.
+    began: Notify,
+}
+
+impl Roots {
+    /// Makes none yet; must be called in a runtime.
+    pub fn new(name: String, dial: Arc<dyn Dial>, options: RootsOptions) -> Self {
+        let shared = Arc::new(Shared {
+            name,
+            dial,
+            generations: Mutex::new(Generations::new(options.lifetime, options.roots_max)),
+            opening: tokio::sync::Mutex::default(),
+            began: Notify::new(),
+            options,
+        });
+        let keeper = tokio::spawn(keep(shared.clone()));
+        Self { shared, keeper }
+    }
+
+    /// Roots a path and asks then whether it is there; `false`: it is gone.
+    ///
+    /// Dropped, the path may be rooted or not.
+    pub async fn keep(&self, path: &StorePath) -> Result<bool, Error> {
+        if self.shared.generations().holds(path) {
+            return Ok(true);
+        }
+        match self.shared.root(path).await {
+            Err(Error::Lost(_)) => self.shared.root(path).await,
+            result => result,
+        }
+    }
+}
+
+impl Drop for Roots {
+    fn drop(&mut self) {
+        self.keeper.abort();
+    }
+}
+
+impl Shared {
+    fn generations(&self) -> MutexGuard<'_, Generations<Arc<Session>>> {
+        let generations = self.generations.lock();
+        generations.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn root(&self, path: &StorePath) -> Result<bool, Error> {
+        let session = self.session().await?;
+        let ours = |other: &Arc<Session>| Arc::ptr_eq(other, &session);
+        // Asked after it was rooted, it cannot go in between.
+        let requests = vec![
+            Request::AddTempRoot(path.clone()),
+            Request::IsValidPath(path.clone()),
+        ];
+        let after = self.options.query_timeout;
+        let answers = timeout(after, session.ask_many(requests)).await;
+        let mut answers = answers.map_err(|_| Error::TimedOut {
+            question: "AddTempRoot",
+            after,
+        })?;
+        let (valid, rooted) = (answers.pop(), answers.pop());
+        match (rooted, valid) {
+            (Some(Ok(_)), Some(Ok(Reply::Valid(valid)))) => {
+                if valid {
+                    self.generations().note(ours, path.clone());
+                }
+                Ok(valid)
+            }
+            (Some(Err(error)), _) | (_, Some(Err(error))) => {
+                if session.is_closed() {
+                    self.generations().lose(ours);
+                }
+                Err(session.explain(error).await)
+            }
+            _ => Err(Error::Protocol("another answer than asked for".into())),
+        }
+    }
+
+    /// Returns the current generation's session, beginning a generation where there is none.
+    async fn session(&self) -> Result<Arc<Session>, Error> {
+        if let Some(session) = self.current() {
+            return Ok(session);
+        }
+        let _opening = self.opening.lock().await;
+        if let Some(session) = self.current() {
+            return Ok(session);
+        }
+        let session = Session::open(&*self.dial, Purpose::Roots, &self.options.session).await?;
+        debug!(upstream = %self.name, "opened a session for roots");
+        let session = Arc::new(session);
+        let now = Instant::now().into_std();
+        self.generations().begin(session.clone(), now);
+        self.began.notify_one();
+        Ok(session)
+    }
+
+    fn current(&self) -> Option<Arc<Session>> {
+        let mut generations = self.generations();
+        generations.lose(|session| session.is_closed());
+        generations.advance(Instant::now().into_std());
+        generations.current()
+    }
+}
+
+/// Lets generations end in time, also when nothing is asked.
+async fn keep(shared: Arc<Shared>) {
+    loop {
+        let next = {
+            let mut generations = shared.generations();
+            generations.advance(Instant::now().into_std());
+            generations.next_change()
+        };
+        match next {
+            None => shared.began.notified().await,
+            Some(at) => tokio::select! {
+                () = sleep_until(at.into()) => {}
+                () = shared.began.notified() => {}
+            },
+        }
+    }
+}
+
+impl Default for RootsOptions {
+    fn default() -> Self {
+        Self {
+            session: SessionOptions::default(),
+            lifetime: Duration::from_secs(900),
+            query_timeout: Duration::from_secs(10),
+            roots_max: 100_000,
+        }
+    }
+}

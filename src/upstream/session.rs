@@ -1,0 +1,123 @@
+//! A connection together with what carries it.
+
+use std::time::Duration;
+
+use futures_util::FutureExt as _;
+use tokio::time::{Instant, timeout};
+
+use super::connection::{Connection, ConnectionOptions};
+use super::wire::{Dial, Guard, Purpose};
+use super::{Error, NarStream};
+use crate::nix::store_path::StorePath;
+use crate::nix::worker_protocol::reply::Reply;
+use crate::nix::worker_protocol::request::Request;
+
+/// An open session with a daemon; it closes, and its ssh ends, when the last handle is dropped.
+pub struct Session {
+    connection: Connection,
+    guard: Guard,
+}
+
+/// The bounds of opening a session.
+#[derive(Clone, Debug)]
+pub struct SessionOptions {
+    /// Of the protocol.
+    pub connection: ConnectionOptions,
+    /// From the first step of the login to the end of the greeting.
+    pub connect_timeout: Duration,
+}
+
+impl Session {
+    /// Logs in and greets.
+    ///
+    /// A failure is [`Error::Down`] with the carrier's own words, unless it is about the peer's
+    /// protocol or store directory. Dropped, it leaves nothing behind.
+    pub async fn open(
+        dial: &dyn Dial,
+        purpose: Purpose,
+        options: &SessionOptions,
+    ) -> Result<Self, Error> {
+        let mut guard = Guard::default();
+        let opening = async {
+            let wire = dial.dial(purpose).await?;
+            guard = wire.guard;
+            Connection::open(wire.reader, wire.writer, options.connection.clone()).await
+        };
+        let opened = timeout(options.connect_timeout, opening).await;
+        match opened {
+            Ok(Ok(connection)) => Ok(Self { connection, guard }),
+            Ok(Err(error)) => Err(match guard.explain(error).await {
+                Error::Lost(text) => Error::Down(text),
+                error => error,
+            }),
+            Err(_) => {
+                let after = options.connect_timeout;
+                let text = match guard.words() {
+                    Some(words) => format!("no greeting within {after:?}: {words}"),
+                    None => format!("no greeting within {after:?}"),
+                };
+                Err(Error::Down(text.into()))
+            }
+        }
+    }
+
+    /// Names the peer for people.
+    pub fn peer(&self) -> String {
+        self.connection.peer().to_string()
+    }
+
+    /// Asks one question, without a bound in time.
+    pub async fn ask(&self, request: Request) -> Result<Reply, Error> {
+        self.connection.ask(request).await
+    }
+
+    /// Asks many questions, without a bound in time.
+    pub async fn ask_many(&self, requests: Vec<Request>) -> Vec<Result<Reply, Error>> {
+        self.connection.ask_many(requests).await
+    }
+
+    /// Opens a NAR, without a bound in time.
+    pub async fn nar(&self, path: &StorePath, nar_size: u64) -> Result<Option<NarStream>, Error> {
+        self.connection.nar(path, nar_size).await
+    }
+
+    /// Tells how long the peer has been silent.
+    pub fn silent_for(&self) -> Duration {
+        Instant::from_std(self.connection.last_heard()).elapsed()
+    }
+
+    /// Tells whether the connection is over.
+    pub fn is_closed(&self) -> bool {
+        self.connection.closed().now_or_never().is_some()
+    }
+
+    /// Waits for the end of the connection and tells its bare cause.
+    pub async fn closed(&self) -> Error {
+        self.connection.closed().await
+    }
+
+    /// Tells whether a question failed only because the connection broke under it.
+    pub fn broke(&self, error: &Error) -> bool {
+        match error {
+            Error::Lost(_) => true,
+            // The peer's broken words fail all that is under way; malformed content fails the
+            // one question, and the connection goes on.
+            Error::Protocol(_) => self.is_closed(),
+            _ => false,
+        }
+    }
+
+    /// Adds what the carrier knows to the cause of a loss.
+    pub async fn explain(&self, error: Error) -> Error {
+        self.guard.explain(error).await
+    }
+}
+
+impl Default for SessionOptions {
+    fn default() -> Self {
+        Self {
+            connection: ConnectionOptions::default(),
+            connect_timeout: Duration::from_secs(10),
+        }
+    }
+}

@@ -1,0 +1,321 @@
+//! The standing connection for look-ups.
+//!
+//! ```text
+//! Connecting --opened--> Up --lost--> Connecting      at once, unless it is lost again and again
+//!      \--failed--> Down --pause, attempt--> Up
+//!                    \--reconnect()--> Connecting
+//! ```
+//!
+//! Questions wait while the link is connecting and fail at once while it is down. One that was
+//! under way when the connection broke is asked once more on the next, because all questions here
+//! only read. The task that connects is owned and ends with the [`Standing`].
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{Notify, watch};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep, timeout};
+use tracing::{debug, info, warn};
+
+use super::backoff::{Backoff, Next};
+use super::session::{Session, SessionOptions};
+use super::wire::{Dial, Purpose};
+use super::{Error, Link};
+use crate::nix::worker_protocol::reply::Reply;
+use crate::nix::worker_protocol::request::Request;
+
+/// Keeps one connection up and asks questions over it.
+pub struct Standing {
+    shared: Arc<Shared>,
+    keeper: JoinHandle<()>,
+}
+
+/// The bounds of a standing connection.
+#[derive(Clone, Debug)]
+pub struct StandingOptions {
+    /// Of each attempt to connect.
+    pub session: SessionOptions,
+    /// From asking a question, once there is a connection, to its answer. A connection that is
+    /// silent for so long while a question waits is given up.
+    pub query_timeout: Duration,
+    /// From asking many questions to the last answer.
+    pub batch_timeout: Duration,
+    /// For the next connection, when one is lost with questions under way.
+    pub retry_within: Duration,
+}
+
+struct Shared {
+    name: String,
+    dial: Arc<dyn Dial>,
+    options: StandingOptions,
+    status: watch::Sender<Status>,
+    link: watch::Sender<Link>,
+    /// Cuts the pause between two attempts.
+    wake: Notify,
+    /// Ends a connection that a question found silent.
+    distrust: Notify,
+}
+
+#[derive(Clone)]
+enum Status {
+    Connecting,
+    Up(Live),
+    Down(Error),
+}
+
+/// The connection that is up, with its number among all so far.
+#[derive(Clone)]
+struct Live {
+    session: Arc<Session>,
+    number: u64,
+}
+
+impl Standing {
+    /// Begins to connect; must be called in a runtime.
+    pub fn start(name: String, dial: Arc<dyn Dial>, options: StandingOptions) -> Self {
+        let shared = Arc::new(Shared {
+            name,
+            dial,
+            options,
+            status: watch::Sender::new(Status::Connecting),
+            link: watch::Sender::new(Link::Connecting {
+                since: Instant::now().into_std(),
+            }),
+            wake: Notify::new(),
+            distrust: Notify::new(),
+        });
+        let keeper = tokio::spawn(keep(shared.clone()));
+        Self { shared, keeper }
+    }
+
+    /// Follows the state of the connection.
+    pub fn link(&self) -> watch::Receiver<Link> {
+        self.shared.link.subscribe()
+    }
+
+    /// Cuts the pause between two attempts.
+    pub fn reconnect(&self) {
+        self.shared.wake.notify_waiters();
+    }
+
+    /// Asks one question.
+    ///
+    /// Dropped, the question may still reach the store; its answer is thrown away.
+    pub async fn ask(&self, request: Request) -> Result<Reply, Error> {
+        let live = self.live_after(0).await?;
+        match self.ask_on(&live, request.clone()).await {
+            Err(error) if live.session.broke(&error) => {
+                let next = self.next_live(&live, error).await?;
+                self.ask_on(&next, request).await
+            }
+            answer => answer,
+        }
+    }
+
+    /// Asks many questions at once; the answers have their order.
+    ///
+    /// Those that a loss of the connection left open are asked once more.
+    pub async fn ask_many(&self, requests: Vec<Request>) -> Vec<Result<Reply, Error>> {
+        let live = match self.live_after(0).await {
+            Ok(live) => live,
+            Err(error) => return vec![Err(error); requests.len()],
+        };
+        let mut answers = self.ask_many_on(&live, requests.clone()).await;
+        let lost = |answer: &Result<Reply, Error>| match answer {
+            Ok(_) => false,
+            Err(error) => live.session.broke(error),
+        };
+        let Some(Err(cause)) = answers.iter().find(|a| lost(a)).cloned() else {
+            return answers;
+        };
+        let Ok(next) = self.next_live(&live, cause).await else {
+            return answers;
+        };
+        let again: Vec<_> = requests
+            .into_iter()
+            .zip(&answers)
+            .filter(|(_, answer)| lost(answer))
+            .map(|(request, _)| request)
+            .collect();
+        let mut second = self.ask_many_on(&next, again).await.into_iter();
+        for open in answers.iter_mut().filter(|a| lost(a)) {
+            if let Some(answer) = second.next() {
+                *open = answer;
+            }
+        }
+        answers
+    }
+
+    async fn ask_on(&self, live: &Live, request: Request) -> Result<Reply, Error> {
+        let question = request.name();
+        let after = self.shared.options.query_timeout;
+        match timeout(after, live.session.ask(request)).await {
+            Ok(answer) => answer,
+            Err(_) => Err(self.timed_out(live, question, after)),
+        }
+    }
+
+    async fn ask_many_on(&self, live: &Live, requests: Vec<Request>) -> Vec<Result<Reply, Error>> {
+        let question = requests.first().map_or("nothing", Request::name);
+        let count = requests.len();
+        let after = self.shared.options.batch_timeout;
+        match timeout(after, live.session.ask_many(requests)).await {
+            Ok(answers) => answers,
+            Err(_) => vec![Err(self.timed_out(live, question, after)); count],
+        }
+    }
+
+    /// Makes the error of a question that got no answer, and gives up a silent connection.
+    fn timed_out(&self, live: &Live, question: &'static str, after: Duration) -> Error {
+        let silent = live.session.silent_for() >= self.shared.options.query_timeout;
+        let current =
+            matches!(&*self.shared.status.borrow(), Status::Up(l) if l.number == live.number);
+        if silent && current {
+            self.shared.distrust.notify_waiters();
+        }
+        Error::TimedOut { question, after }
+    }
+
+    /// Waits for a connection later than this one; fails when the link is down.
+    async fn live_after(&self, number: u64) -> Result<Live, Error> {
+        let mut status = self.shared.status.subscribe();
+        let settled = status.wait_for(|status| match status {
+            Status::Connecting => false,
+            Status::Up(live) => live.number > number,
+            Status::Down(_) => true,
+        });
+        match settled.await.as_deref() {
+            Ok(Status::Up(live)) => Ok(live.clone()),
+            Ok(Status::Down(error)) => Err(error.clone()),
+            // The sender is ours, and has been waited for.
+            Ok(Status::Connecting) | Err(_) => Err(Error::Down("it is being closed".into())),
+        }
+    }
+
+    /// Waits a bounded time for the connection after a lost one.
+    async fn next_live(&self, lost: &Live, cause: Error) -> Result<Live, Error> {
+        let within = self.shared.options.retry_within;
+        match timeout(within, self.live_after(lost.number)).await {
+            Ok(next) => next,
+            Err(_) => Err(cause),
+        }
+    }
+}
+
+impl Drop for Standing {
+    fn drop(&mut self) {
+        self.keeper.abort();
+    }
+}
+
+/// Connects, waits for the loss, and connects again, for ever.
+async fn keep(shared: Arc<Shared>) {
+    let mut backoff = Backoff::default();
+    let mut number = 0;
+    loop {
+        let attempt = Session::open(&*shared.dial, Purpose::Lookup, &shared.options.session);
+        let next = match attempt.await {
+            Ok(session) => {
+                number += 1;
+                let session = Arc::new(session);
+                shared.up(&session, number);
+                let up_at = Instant::now();
+                let cause = shared.loss(&session).await;
+                let next = backoff.lost(up_at.elapsed(), fastrand::f64());
+                shared.lost(&session, cause, next).await;
+                next
+            }
+            Err(error) => {
+                let next = backoff.failed(fastrand::f64());
+                shared.failed(error, next);
+                next
+            }
+        };
+        if let Next::After(pause) = next {
+            tokio::select! {
+                () = sleep(pause) => {}
+                () = shared.wake.notified() => shared.connecting(),
+            }
+        }
+    }
+}
+
+impl Shared {
+    /// Waits until the connection is over, or found silent while a question waits.
+    async fn loss(&self, session: &Session) -> Error {
+        tokio::select! {
+            error = session.closed() => error,
+            () = self.distrust.notified() => {
+                let after = self.options.query_timeout;
+                Error::Lost(format!("no sign of life for {after:?} while a question waited").into())
+            }
+        }
+    }
+
+    fn up(&self, session: &Arc<Session>, number: u64) {
+        let peer = session.peer();
+        info!(upstream = %self.name, %peer, "connected");
+        let session = session.clone();
+        self.status
+            .send_replace(Status::Up(Live { session, number }));
+        self.link.send_replace(Link::Up { peer: peer.into() });
+    }
+
+    /// Says first that the link is gone, and learns then from the carrier why.
+    async fn lost(&self, session: &Session, cause: Error, next: Next) {
+        match next {
+            Next::AtOnce => {
+                self.connecting();
+                let error = session.explain(cause).await;
+                warn!(upstream = %self.name, %error, "connection lost, connecting anew");
+            }
+            Next::After(_) => {
+                self.connecting();
+                let error = session.explain(cause).await;
+                self.failed(error, next);
+            }
+        }
+    }
+
+    fn connecting(&self) {
+        let since = Instant::now().into_std();
+        self.status.send_replace(Status::Connecting);
+        self.link.send_replace(Link::Connecting { since });
+    }
+
+    fn failed(&self, error: Error, next: Next) {
+        let Next::After(retry_after) = next else {
+            return;
+        };
+        let text: Arc<str> = match &error {
+            Error::Down(text) | Error::Lost(text) => text.clone(),
+            error => error.to_string().into(),
+        };
+        let known = matches!(&*self.link.borrow(), Link::Down { error, .. } if *error == text);
+        if known {
+            debug!(upstream = %self.name, error = %text, ?retry_after, "still down");
+        } else {
+            warn!(upstream = %self.name, error = %text, "down, trying again in the background");
+        }
+        let status = match error {
+            // What must be changed by hand is told as it is.
+            Error::StoreDir(_) | Error::Protocol(_) => error,
+            _ => Error::Down(text.clone()),
+        };
+        self.status.send_replace(Status::Down(status));
+        let error = text;
+        self.link.send_replace(Link::Down { error, retry_after });
+    }
+}
+
+impl Default for StandingOptions {
+    fn default() -> Self {
+        Self {
+            session: SessionOptions::default(),
+            query_timeout: Duration::from_secs(10),
+            batch_timeout: Duration::from_secs(60),
+            retry_within: Duration::from_secs(5),
+        }
+    }
+}

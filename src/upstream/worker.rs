@@ -1,0 +1,212 @@
+//! A store behind a nix-daemon, over ssh or a Unix socket.
+//!
+//! ```text
+//! path_info(hash)   QueryPathFromHashPart -> QueryPathInfo   look-up connection (standing)
+//! path_infos(…)     QueryPathInfo, pipelined                 look-up connection
+//! nar(info)         NarFromPath                              sessions of their own (pool)
+//! keep(path)        AddTempRoot, IsValidPath                 connections of their own (roots)
+//! build_log(drv)    a file, or nix-store --read-log          a connection of its own (build_log)
+//! ```
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use super::build_log::{BuildLogs, LogOptions};
+use super::pool::{Pool, PoolOptions};
+use super::roots::{Roots, RootsOptions};
+use super::standing::{Standing, StandingOptions};
+use super::wire::Dial;
+use super::{Error, Link, NarStream, Upstream};
+use crate::nix::build_trace::{BuildTraceEntry, BuildTraceKey};
+use crate::nix::path_info::PathInfo;
+use crate::nix::realisation::{DrvOutput, Realisation};
+use crate::nix::store_path::{StoreDir, StorePath, StorePathHash};
+use crate::nix::worker_protocol::reply::Reply;
+use crate::nix::worker_protocol::request::Request;
+
+/// An upstream that speaks the worker protocol.
+pub struct WorkerUpstream {
+    name: String,
+    store_dir: StoreDir,
+    standing: Standing,
+    pool: Arc<Pool>,
+    roots: Roots,
+    logs: BuildLogs,
+    log_options: LogOptions,
+    // Warms the pool; aborted when the upstream is dropped.
+    warmer: JoinHandle<()>,
+}
+
+/// What an upstream is made of.
+pub struct WorkerSetup {
+    /// Its name in logs and errors: the URI, without secrets.
+    pub name: String,
+    /// The way to the daemon.
+    pub dial: Arc<dyn Dial>,
+    /// Where its build logs are.
+    pub logs: BuildLogs,
+    /// The directory in which its store must lie, as ours does.
+    pub store_dir: StoreDir,
+}
+
+/// The bounds of an upstream.
+#[derive(Clone, Debug, Default)]
+pub struct WorkerOptions {
+    /// Of look-ups.
+    pub standing: StandingOptions,
+    /// Of NARs.
+    pub pool: PoolOptions,
+    /// Of temporary roots.
+    pub roots: RootsOptions,
+    /// Of build logs.
+    pub logs: LogOptions,
+}
+
+impl WorkerUpstream {
+    /// Begins to connect in the background; must be called in a runtime.
+    ///
+    /// Dropped, it closes its connections; NARs that are being read go on.
+    pub fn start(setup: WorkerSetup, mut options: WorkerOptions) -> Self {
+        for session in [
+            &mut options.standing.session,
+            &mut options.pool.session,
+            &mut options.roots.session,
+        ] {
+            session.connection.store_dir = setup.store_dir.clone();
+        }
+        let WorkerSetup {
+            name,
+            dial,
+            logs,
+            store_dir,
+        } = setup;
+        let standing = Standing::start(name.clone(), dial.clone(), options.standing);
+        let pool = Arc::new(Pool::new(name.clone(), dial.clone(), options.pool));
+        Self {
+            warmer: tokio::spawn(warm(standing.link(), pool.clone())),
+            roots: Roots::new(name.clone(), dial, options.roots),
+            log_options: options.logs,
+            name,
+            store_dir,
+            standing,
+            pool,
+            logs,
+        }
+    }
+
+    async fn info(&self, path: StorePath) -> Result<Option<PathInfo>, Error> {
+        match self.standing.ask(Request::QueryPathInfo(path)).await? {
+            Reply::PathInfo(info) => Ok(info),
+            _ => Err(unasked()),
+        }
+    }
+}
+
+impl Drop for WorkerUpstream {
+    fn drop(&mut self) {
+        self.warmer.abort();
+    }
+}
+
+#[async_trait]
+impl Upstream for WorkerUpstream {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn link(&self) -> watch::Receiver<Link> {
+        self.standing.link()
+    }
+
+    fn reconnect(&self) {
+        self.standing.reconnect();
+    }
+
+    /// Takes one round trip when there is no such path, two when there is.
+    async fn path_info(&self, hash: StorePathHash) -> Result<Option<PathInfo>, Error> {
+        let question = Request::QueryPathFromHashPart(hash);
+        match self.standing.ask(question).await? {
+            Reply::Path(None) => Ok(None),
+            Reply::Path(Some(path)) if path.hash() == hash => self.info(path).await,
+            Reply::Path(Some(path)) => {
+                let text = format!("asked for {hash}, it answered {path}");
+                Err(Error::Protocol(text.into()))
+            }
+            _ => Err(unasked()),
+        }
+    }
+
+    async fn path_infos(&self, paths: &[StorePath]) -> Vec<Result<Option<PathInfo>, Error>> {
+        let questions = paths.iter().cloned().map(Request::QueryPathInfo);
+        let answers = self.standing.ask_many(questions.collect()).await;
+        let unpack = |answer| match answer {
+            Ok(Reply::PathInfo(info)) => Ok(info),
+            Ok(_) => Err(unasked()),
+            Err(error) => Err(error),
+        };
+        answers.into_iter().map(unpack).collect()
+    }
+
+    async fn nar(&self, info: &PathInfo) -> Result<Option<NarStream>, Error> {
+        self.pool.nar(&info.path, info.nar_size).await
+    }
+
+    async fn keep(&self, path: &StorePath) -> Result<bool, Error> {
+        self.roots.keep(path).await
+    }
+
+    async fn build_log(&self, derivation: &StorePath) -> Result<Option<Bytes>, Error> {
+        let read = self
+            .logs
+            .read(derivation, &self.store_dir, self.log_options);
+        read.await
+    }
+
+    async fn realisation(&self, id: &DrvOutput) -> Result<Option<Realisation>, Error> {
+        let question = Request::QueryRealisation(id.clone());
+        match known(self.standing.ask(question).await)? {
+            None => Ok(None),
+            Some(Reply::Realisation(found)) => Ok(found),
+            Some(_) => Err(unasked()),
+        }
+    }
+
+    async fn build_trace(&self, key: &BuildTraceKey) -> Result<Option<BuildTraceEntry>, Error> {
+        let question = Request::QueryBuildTrace(key.clone());
+        match known(self.standing.ask(question).await)? {
+            None => Ok(None),
+            Some(Reply::BuildTrace(found)) => Ok(found),
+            Some(_) => Err(unasked()),
+        }
+    }
+}
+
+/// Keeps a session for NARs open while the look-up link is up, so that the first NAR need not wait
+/// for a login.
+async fn warm(mut link: watch::Receiver<Link>, pool: Arc<Pool>) {
+    loop {
+        let up = matches!(&*link.borrow_and_update(), Link::Up { .. });
+        pool.warm(up);
+        if link.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Reads "the feature is off" and "this daemon is too old" as "there is none".
+fn known(answer: Result<Reply, Error>) -> Result<Option<Reply>, Error> {
+    match answer {
+        Ok(reply) => Ok(Some(reply)),
+        Err(Error::Unsupported(_)) => Ok(None),
+        Err(Error::Remote(text)) if text.contains("ca-derivations") => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn unasked() -> Error {
+    Error::Protocol("another answer than asked for".into())
+}
