@@ -62,7 +62,7 @@ impl Environment {
 
     /// Finds a key file: a name without slash that is a credential stands for the credential.
     pub fn key_path(&self, path: &Path) -> PathBuf {
-        let named = path.components().count() == 1 && path.is_relative();
+        let named = path.file_name() == Some(path.as_os_str());
         let credential = self.credentials_dir.as_ref().map(|dir| dir.join(path));
         match credential {
             Some(credential) if named && credential.exists() => credential,

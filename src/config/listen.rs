@@ -76,8 +76,8 @@ fn remedy(text: &str) -> String {
     for guess in [
         bare.clone(),
         format!("{bare}:5000"),
-        format!("0.0.0.0:{port}"),
         format!("[{bare}]:5000"),
+        format!("0.0.0.0:{port}"),
     ] {
         if guess.parse::<SocketAddr>().is_ok() {
             return format!("did you mean {guess:?}?");
