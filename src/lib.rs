@@ -13,7 +13,9 @@
 //! ```
 
 pub mod cache;
+pub mod cli;
 pub mod codec;
+pub mod config;
 pub mod nix;
 pub mod server;
 pub mod substituter;
