@@ -3,6 +3,7 @@
 //! Temporary roots live as long as their connection, so they have connections of their own, opened
 //! at the first path and closed when nothing is held any more. See `generations`.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -44,10 +45,15 @@ struct Shared {
     options: RootsOptions,
     // Never held over an await; no other lock is taken under it.
     generations: Mutex<Generations<Arc<Session>>>,
+    /// A session for the next generation, so that nobody waits for its login.
+    // Never held over an await; no other lock is taken under it.
+    spare: Mutex<Option<Arc<Session>>>,
+    /// Whether a spare session is wanted.
+    warm: AtomicBool,
     /// Held while a session opens, so that one does for all who wait.
     opening: tokio::sync::Mutex<()>,
-    /// Tells the keeper that a generation began.
-    began: Notify,
+    /// Tells the keeper that a generation began, or whether a spare is wanted.
+    changed: Notify,
 }
 
 impl Roots {
@@ -57,12 +63,23 @@ impl Roots {
             name,
             dial,
             generations: Mutex::new(Generations::new(options.lifetime, options.roots_max)),
+            spare: Mutex::default(),
+            warm: AtomicBool::new(false),
             opening: tokio::sync::Mutex::default(),
-            began: Notify::new(),
+            changed: Notify::new(),
             options,
         });
         let keeper = tokio::spawn(keep(shared.clone()));
         Self { shared, keeper }
+    }
+
+    /// Keeps a session ready for the next generation, or does not any more.
+    pub fn warm(&self, warm: bool) {
+        self.shared.warm.store(warm, Ordering::Relaxed);
+        if !warm {
+            self.shared.spare().take();
+        }
+        self.shared.changed.notify_one();
     }
 
     /// Roots a path and asks then whether it is there; `false`: it is gone.
@@ -132,13 +149,46 @@ impl Shared {
         if let Some(session) = self.current() {
             return Ok(session);
         }
-        let session = Session::open(&*self.dial, Purpose::Roots, &self.options.session).await?;
-        debug!(upstream = %self.name, "opened a session for roots");
-        let session = Arc::new(session);
+        let ready = self.spare().take().filter(|spare| !spare.is_closed());
+        let session = match ready {
+            Some(spare) => spare,
+            None => self.open().await?,
+        };
         let now = Instant::now().into_std();
         self.generations().begin(session.clone(), now);
-        self.began.notify_one();
+        self.changed.notify_one();
         Ok(session)
+    }
+
+    async fn open(&self) -> Result<Arc<Session>, Error> {
+        let session = Session::open(&*self.dial, Purpose::Roots, &self.options.session).await?;
+        debug!(upstream = %self.name, "opened a session for roots");
+        Ok(Arc::new(session))
+    }
+
+    /// Opens a spare session where one is wanted; `false` when that failed.
+    async fn prepare(&self) -> bool {
+        let ready = self
+            .spare()
+            .as_ref()
+            .is_some_and(|spare| !spare.is_closed());
+        if ready || !self.warm.load(Ordering::Relaxed) {
+            return true;
+        }
+        match self.open().await {
+            Ok(session) => {
+                *self.spare() = Some(session);
+                true
+            }
+            Err(error) => {
+                debug!(upstream = %self.name, %error, "no session for roots yet");
+                false
+            }
+        }
+    }
+
+    fn spare(&self) -> MutexGuard<'_, Option<Arc<Session>>> {
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn current(&self) -> Option<Arc<Session>> {
@@ -149,19 +199,21 @@ impl Shared {
     }
 }
 
-/// Lets generations end in time, also when nothing is asked.
+/// Lets generations end in time, also when nothing is asked, and keeps a session ready.
 async fn keep(shared: Arc<Shared>) {
     loop {
+        let prepared = shared.prepare().await;
         let next = {
             let mut generations = shared.generations();
             generations.advance(Instant::now().into_std());
-            generations.next_change()
+            generations.next_change().map(Instant::from)
         };
-        match next {
-            None => shared.began.notified().await,
+        let retry = (!prepared).then(|| Instant::now() + RETRY);
+        match next.into_iter().chain(retry).min() {
+            None => shared.changed.notified().await,
             Some(at) => tokio::select! {
-                () = sleep_until(at.into()) => {}
-                () = shared.began.notified() => {}
+                () = sleep_until(at) => {}
+                () = shared.changed.notified() => {}
             },
         }
     }
@@ -177,3 +229,6 @@ impl Default for RootsOptions {
         }
     }
 }
+
+/// Pause before a spare session is tried again.
+const RETRY: Duration = Duration::from_secs(10);
