@@ -12,6 +12,7 @@
 //!  0  nix                          pure values and texts; no I/O, no async, no clock
 //! ```
 
+pub mod app;
 pub mod cache;
 pub mod cli;
 pub mod codec;

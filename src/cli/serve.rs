@@ -124,7 +124,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         }
         Ok(config)
     };
-    load().and_then(|_| anyhow::bail!("there is no server yet"))
+    crate::app::serve(&load)
 }
 
 impl Args {

@@ -135,11 +135,21 @@ impl Pool {
             };
             let session = lease.session.clone();
             // Among the NARs that a break left open there may be more that would break a session.
-            if attempt > 1 && !is_there(&session, path).await? {
-                return Ok(None);
-            }
-            match self.shared.open_nar(lease, path, nar_size).await {
+            let opened = match attempt {
+                1 => self.shared.open_nar(lease, path, nar_size).await,
+                _ => match self.shared.is_there(&session, path).await {
+                    Ok(true) => self.shared.open_nar(lease, path, nar_size).await,
+                    Ok(false) => return Ok(None),
+                    Err(error) => Err(error),
+                },
+            };
+            match opened {
                 Err(error) if attempt < ATTEMPTS && session.broke(&error) => attempt += 1,
+                // Each Nix has its own words for a path that is gone.
+                Err(error @ Error::Remote(_)) if attempt == 1 => {
+                    debug!(upstream = %self.shared.name, %path, %error, "NAR refused");
+                    attempt += 1;
+                }
                 Err(error) => return Err(session.explain(error).await),
                 opened => return opened,
             }
@@ -204,6 +214,21 @@ impl Shared {
         };
         let whole = stream::iter(first.map(Ok)).chain(rest);
         Ok(Some(Leased::new(whole.boxed(), lease, silence_max).boxed()))
+    }
+
+    /// Asks whether the path is there, before the NAR is asked for.
+    async fn is_there(&self, session: &Session, path: &StorePath) -> Result<bool, Error> {
+        let after = self.options.silence_max;
+        let asked = timeout(after, session.ask(Request::IsValidPath(path.clone()))).await;
+        match asked {
+            Ok(Ok(Reply::Valid(valid))) => Ok(valid),
+            Ok(Ok(_)) => Err(Error::Protocol("another answer than asked for".into())),
+            Ok(Err(error)) => Err(error),
+            Err(_) => Err(Error::TimedOut {
+                question: "IsValidPath",
+                after,
+            }),
+        }
     }
 
     /// Takes a part in a shared session, opening one where there is none.
@@ -385,16 +410,6 @@ impl Drop for Lease {
                 state.slots.swap_remove(place);
             }
         }
-    }
-}
-
-/// Asks whether the path is there, before the NAR is asked for.
-async fn is_there(session: &Session, path: &StorePath) -> Result<bool, Error> {
-    match session.ask(Request::IsValidPath(path.clone())).await {
-        Ok(Reply::Valid(valid)) => Ok(valid),
-        // What breaks here breaks there too, and is counted there.
-        Ok(_) | Err(Error::Lost(_)) => Ok(true),
-        Err(error) => Err(error),
     }
 }
 
