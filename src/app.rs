@@ -10,7 +10,6 @@ mod announce;
 mod listeners;
 mod upstreams;
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
@@ -20,9 +19,9 @@ use tokio::sync::watch;
 use tracing::{error, info, warn};
 
 use crate::cache::memory;
-use crate::codec::compression::Encoding;
 use crate::codec::compression::EncoderOptions;
-use crate::config::{Config, CompressionSetting};
+use crate::codec::compression::Encoding;
+use crate::config::{CompressionSetting, Config};
 use crate::nix::cache_info::CacheInfo;
 use crate::server::{self, Info};
 use crate::substituter::publish::Publisher;
@@ -49,10 +48,10 @@ async fn run(config: Config, load: &dyn Fn() -> anyhow::Result<Config>) -> anyho
     let opened = listeners::open(&config)?;
     let mut upstreams = Upstreams::new(started)?;
     let encoding = encoding(&config, opened.only_loopback);
-    let setup = setup(&config, &mut upstreams, encoding)?;
+    let first = setup(&config, &mut upstreams, encoding)?;
     let (tell_info, info) = watch::channel(server_info(&config));
     let (tell_stop, stop) = watch::channel(false);
-    let substituter = Substituter::new(substituter_options(&config), setup);
+    let substituter = Substituter::new(substituter_options(&config), first);
 
     let serving = tokio::spawn(server::serve(
         opened.listeners,
@@ -135,7 +134,10 @@ fn server_info(config: &Config) -> Info {
         want_mass_query: config.want_mass_query,
         priority: config.priority,
     };
-    let public_keys = config.secret_keys.iter().map(|key| format!("{}\n", key.public()));
+    let public_keys = config
+        .secret_keys
+        .iter()
+        .map(|key| format!("{}\n", key.public()));
     Info {
         cache_info: Bytes::from(cache_info.render()),
         public_keys: Bytes::from(public_keys.collect::<String>()),
@@ -166,7 +168,12 @@ fn substituter_options(config: &Config) -> substituter::Options {
             stall_last: Duration::from_secs(30),
             encoder: EncoderOptions {
                 concurrent: config.max_encoders,
-                ..EncoderOptions::default()
+                zstd_level: config
+                    .zstd_level
+                    .unwrap_or(EncoderOptions::default().zstd_level),
+                xz_level: config
+                    .xz_level
+                    .unwrap_or(EncoderOptions::default().xz_level),
             },
         },
         prefetch: config.prefetch.then(closure::Options::default),

@@ -12,8 +12,11 @@
 //!  0  nix                          pure values and texts; no I/O, no async, no clock
 //! ```
 
+pub mod app;
 pub mod cache;
+pub mod cli;
 pub mod codec;
+pub mod config;
 pub mod nix;
 pub mod server;
 pub mod substituter;

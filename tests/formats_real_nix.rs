@@ -169,6 +169,11 @@ impl Lab {
         self.texts(cache, ".narinfo").iter().map(read).collect()
     }
 
+    /// Empties the client.
+    fn forget(&self) {
+        fs::remove_dir_all(self.path("client")).unwrap();
+    }
+
     fn dump(&self, path: &StorePath) -> Bytes {
         let absolute = self.store_dir.join(path);
         let output = self.try_run("nix-store", &["--dump", &absolute]);
@@ -362,7 +367,8 @@ fn realisations_of_nix_round_trip_and_verify() {
     lab.build("top");
     lab.copy("top", "cache", "");
     let texts = lab.texts("cache/realisations", ".doi");
-    assert_eq!(texts.len(), 2, "of ca and top");
+    // Nix 2.34 copies the realisation of what was named, older ones of all that it depends on, too.
+    assert!(matches!(texts.len(), 1 | 2), "of top, or of ca and top");
     for text in texts {
         let read = Realisation::parse(text.as_bytes()).unwrap();
         assert_eq!(read.render(), text);
@@ -429,11 +435,19 @@ fn nix_takes_realisations_by_our_signature_alone() {
         !unsigned.status.success() && words.contains("signature"),
         "{words}"
     );
-    fs::remove_dir_all(lab.path("client")).unwrap();
+    lab.forget();
 
     sign_anew(&lab, "cache");
-    lab.run("nix", &copy);
-    fs::remove_dir_all(lab.path("client")).unwrap();
+    let signed = lab.texts("cache/realisations", ".doi");
+    let copied = lab.try_run("nix", &copy);
+    lab.forget();
+    // Nix 2.34 first replaces the realisation in a cache that it can write to by an unsigned one.
+    if lab.texts("cache/realisations", ".doi") == signed {
+        let words = String::from_utf8_lossy(&copied.stderr);
+        assert!(copied.status.success(), "{words}");
+    } else {
+        sign_anew(&lab, "cache");
+    }
 
     // Nothing may be built, so all must be substituted.
     let build = ["--store", &client, "--no-out-link", "--max-jobs", "0"];

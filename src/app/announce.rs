@@ -14,7 +14,12 @@ use crate::upstream::Link;
 
 /// Prints where it listens and what a client's `nix.conf` needs.
 pub(super) fn start(config: &Config, addresses: &[ListenAddress], setup: &Setup) {
-    let keys: Vec<_> = setup.publisher.keys.iter().map(|k| k.public().to_string()).collect();
+    let keys: Vec<_> = setup
+        .publisher
+        .keys
+        .iter()
+        .map(|k| k.public().to_string())
+        .collect();
     let mut text = format!("muster {} listens on", env!("CARGO_PKG_VERSION"));
     for address in addresses {
         match address {

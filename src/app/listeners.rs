@@ -59,7 +59,9 @@ fn take_activated(
         } else if let Ok(Some(listener)) = activated.take_unix_listener(place) {
             listener.set_nonblocking(true)?;
             let address = listener.local_addr()?;
-            let path = address.as_pathname().unwrap_or_else(|| Path::new("(unnamed)"));
+            let path = address
+                .as_pathname()
+                .unwrap_or_else(|| Path::new("(unnamed)"));
             listeners.push(Listener::Unix(UnixListener::from_std(listener)?));
             addresses.push(ListenAddress::Unix(path.to_owned()));
         } else {

@@ -335,6 +335,33 @@ mod tests {
         assert_eq!(sizes, [STEP_BYTES, STEP_BYTES, STEP_BYTES, 1]);
     }
 
+    proptest::proptest! {
+        #[test]
+        fn only_the_promised_nar_comes_whole(
+            nar in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..60),
+            cuts in proptest::collection::vec(0_usize..20, 0..8),
+            wrong: Option<(proptest::sample::Index, u8)>,
+        ) {
+            let expected = (NarHash::of(&nar), nar.len() as u64);
+            let mut sent = nar.clone();
+            if let Some((place, bits)) = wrong.filter(|_| !nar.is_empty()) {
+                sent[place.index(nar.len())] ^= bits;
+            }
+            let mut rest = Bytes::from(sent.clone());
+            let mut chunks = vec![];
+            for cut in cuts {
+                chunks.push(Ok(rest.split_to(cut.min(rest.len()))));
+            }
+            chunks.push(Ok(rest));
+            let (bytes, error) = got(read(&chunks, expected));
+            if sent == nar {
+                proptest::prop_assert_eq!((bytes, error), (nar, None));
+            } else {
+                proptest::prop_assert!(error.is_some() && bytes.len() < nar.len());
+            }
+        }
+    }
+
     #[test]
     fn whole_gives_all_or_an_error() {
         for chunks in [&[chunk("abcd")][..], &[chunk("a"), chunk("bc"), chunk("d")]] {

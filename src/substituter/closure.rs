@@ -14,7 +14,8 @@ use crate::nix::path_info::PathInfo;
 use crate::nix::store_path::{StorePath, StorePathHash};
 
 use super::member::{Answer, Member};
-use super::{Shared, now};
+use super::now;
+use super::shared::Shared;
 
 /// The bounds of walking closures.
 #[derive(Clone, Debug)]

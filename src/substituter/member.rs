@@ -1,6 +1,6 @@
 //! One upstream as the substituter sees it: with its trust and its health.
 
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -29,6 +29,7 @@ pub struct Member {
     record: Mutex<Record>,
     /// What asking it for a path that nobody can have has shown about it.
     vetting: AtomicU8,
+    in_care: AtomicBool,
     /// Answers that were refused: unsigned path infos, NARs of another hash.
     pub refused: AtomicU64,
     /// Path infos that were found here.
@@ -62,6 +63,7 @@ impl Member {
             options,
             record: Mutex::new(Record::new(now)),
             vetting: AtomicU8::new(UNVETTED),
+            in_care: AtomicBool::new(false),
             refused: AtomicU64::new(0),
             found: AtomicU64::new(0),
         }
@@ -193,6 +195,18 @@ impl Member {
         if self.note(self.upstream.path_info(nobody).await).is_ok() {
             info!(upstream = self.upstream.name(), "answers again");
         }
+    }
+
+    /// Claims the care for this upstream; `false` while an earlier round goes on.
+    ///
+    /// The upstream's own time-outs bound a round.
+    pub fn begin_care(&self) -> bool {
+        !self.in_care.swap(true, Ordering::Relaxed)
+    }
+
+    /// Lets the next round begin.
+    pub fn end_care(&self) {
+        self.in_care.store(false, Ordering::Relaxed);
     }
 
     /// Begins anew after the machine slept: old connections are dead, old time-outs mean nothing.

@@ -9,6 +9,7 @@
 //! nar(url)        holders -> upstream's stream -> verified bytes; next holder at the same byte
 //! ```
 
+mod care;
 pub mod closure;
 pub mod counters;
 pub mod health;
@@ -17,33 +18,29 @@ pub mod nar_url;
 pub mod publish;
 mod query;
 mod report;
+mod shared;
 pub mod tasks;
 pub mod transfer;
 
-use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use std::time::{Duration, Instant, SystemTime};
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
-use tokio::sync::Semaphore;
-use tracing::{info, warn};
+use tracing::warn;
 
-use crate::cache::memory::{self, Entry, Lookup, NarInfoCache, UpstreamId};
-use crate::cache::policy::Freshness;
-use crate::cache::single_flight::SingleFlight;
-use crate::codec::compression::Encoder;
+use crate::cache::memory::{self, Entry, UpstreamId};
 use crate::nix::build_trace::{BuildTraceEntry, BuildTraceKey};
 use crate::nix::narinfo::NarInfo;
-use crate::nix::path_info::{PathInfo, Trust, Verified};
+use crate::nix::path_info::{PathInfo, Trust};
 use crate::nix::realisation::{DrvOutput, Realisation, UntrustedRealisation};
 use crate::nix::store_path::{StoreDir, StorePath, StorePathHash};
 
 use counters::Counters;
 use member::Member;
 use publish::Publisher;
-use tasks::Tasks;
+use shared::Shared;
 
 /// Many upstreams as one store. A clone is another handle on the same.
 #[derive(Clone)]
@@ -77,51 +74,10 @@ pub struct Setup {
     pub publisher: Publisher,
 }
 
-/// Everything that handles, flights and background tasks share.
-struct Shared {
-    options: Options,
-    // Never held over an await; read, cloned and let go.
-    setup: RwLock<Arc<Setup>>,
-    cache: NarInfoCache,
-    flights: SingleFlight<StorePathHash, Option<Arc<Entry>>>,
-    counters: Counters,
-    tasks: Tasks,
-    /// Paths of which two holders have different NARs. Bounded by `DIVERGENT_MAX`.
-    divergent: Mutex<HashSet<StorePathHash>>,
-    /// Hash parts whose revalidation is under way.
-    revalidating: Mutex<HashSet<StorePathHash>>,
-    /// Random hash parts that upstreams are asked for, to see whether they lead back here.
-    vetting: Mutex<HashMap<StorePathHash, UpstreamId>>,
-    walks: Arc<Semaphore>,
-    /// KiB of small NARs that may be in memory at once.
-    whole_nars: Arc<Semaphore>,
-    /// Holders whose bytes did not fit; not asked for this path for a while.
-    corrupt: moka::sync::Cache<(StorePathHash, UpstreamId), ()>,
-    encoder: Encoder,
-}
-
 impl Substituter {
     /// Makes a substituter over these upstreams.
     pub fn new(options: Options, setup: Setup) -> Self {
-        let walks_max = options.prefetch.as_ref().map_or(0, |p| p.walks_max);
-        let shared = Shared {
-            cache: NarInfoCache::new(options.memory.clone()),
-            setup: RwLock::new(Arc::new(setup)),
-            flights: SingleFlight::new(),
-            counters: Counters::default(),
-            tasks: Tasks::new(options.tasks_max),
-            divergent: Mutex::default(),
-            revalidating: Mutex::default(),
-            vetting: Mutex::default(),
-            walks: Arc::new(Semaphore::new(walks_max)),
-            whole_nars: Arc::new(Semaphore::new(options.transfer.whole_kib_max as usize)),
-            corrupt: moka::sync::Cache::builder()
-                .max_capacity(CORRUPT_MAX)
-                .time_to_live(CORRUPT_TTL)
-                .build(),
-            encoder: Encoder::new(options.transfer.encoder.clone()),
-            options,
-        };
+        let shared = Shared::new(options, setup);
         let shared = Arc::new(shared);
         Self { shared }
     }
@@ -222,26 +178,6 @@ impl Substituter {
         self.shared.cache.len()
     }
 
-    /// Probes sick upstreams and notices when the machine has slept; runs until it is dropped.
-    pub async fn care(&self) {
-        let mut clock = (now(), SystemTime::now());
-        loop {
-            tokio::time::sleep(CARE_INTERVAL).await;
-            let now = (now(), SystemTime::now());
-            let setup = self.shared.setup();
-            if has_slept(clock, now) {
-                info!("the machine was asleep, connecting anew");
-                setup.members.iter().for_each(|m| m.wake(now.0));
-            }
-            clock = now;
-            let probe = |member: &Arc<Member>| self.shared.care_for(Arc::clone(member), now.0);
-            let probes: FuturesUnordered<_> = setup.members.iter().map(probe).collect();
-            let all = probes.collect::<()>();
-            // A probe that hangs is asked again in the next round.
-            let _ = tokio::time::timeout(PROBE_PATIENCE, all).await;
-        }
-    }
-
     /// Ends all background work and waits until it is gone.
     pub async fn stop(&self) {
         self.shared.tasks.stop().await;
@@ -249,146 +185,6 @@ impl Substituter {
 
     async fn entry(&self, hash: StorePathHash) -> Option<Arc<Entry>> {
         query::entry(&self.shared, hash).await
-    }
-}
-
-impl Shared {
-    fn setup(&self) -> Arc<Setup> {
-        let setup = self.setup.read().unwrap_or_else(PoisonError::into_inner);
-        Arc::clone(&setup)
-    }
-
-    /// Publishes a checked path info and keeps it; the NAR that was chosen before is kept to.
-    fn commit(
-        &self,
-        setup: &Setup,
-        member: &Member,
-        verified: &Verified,
-        now: Instant,
-    ) -> Arc<Entry> {
-        let hash = verified.path.hash();
-        if let Lookup::Present(entry, Freshness::Fresh) = self.cache.get(hash, now) {
-            self.note_holder(&entry, member, verified);
-            return entry;
-        }
-        self.recommit(setup, member, verified, now)
-    }
-
-    /// Records a late answer: one more holder, or one of different bytes.
-    fn note_holder(&self, entry: &Entry, member: &Member, info: &PathInfo) {
-        if info.nar_hash == entry.nar_hash {
-            entry.add_holder(member.id);
-            return;
-        }
-        let mut divergent = self
-            .divergent
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if divergent.len() < DIVERGENT_MAX && divergent.insert(info.path.hash()) {
-            warn!(
-                path = %info.path,
-                served = %entry.nar_hash,
-                upstream = member.upstream.name(),
-                upstream.nar_hash = %info.nar_hash,
-                "two builders have different bytes for one path, the first answer is kept to"
-            );
-        }
-    }
-
-    /// Publishes anew, in place of what was kept.
-    fn recommit(
-        &self,
-        setup: &Setup,
-        member: &Member,
-        verified: &Verified,
-        now: Instant,
-    ) -> Arc<Entry> {
-        let text = setup.publisher.publish(verified);
-        let entry = Arc::new(Entry::new(text, verified.nar_hash, member.id, now));
-        self.cache.commit(verified.path.hash(), Arc::clone(&entry));
-        entry
-    }
-
-    /// Believes what is known for another while.
-    fn extend(&self, hash: StorePathHash, entry: &Entry, now: Instant) {
-        let mut holders = entry.holders().into_iter();
-        let Some(first) = holders.next() else {
-            return;
-        };
-        let fresh = Entry::new(entry.text.clone(), entry.nar_hash, first, now);
-        holders.for_each(|id| fresh.add_holder(id));
-        self.cache.commit(hash, Arc::new(fresh));
-    }
-
-    /// Notes that an upstream does not have a path any more.
-    fn forget_holder(&self, hash: StorePathHash, id: UpstreamId) {
-        if let Lookup::Present(entry, _) = self.cache.get(hash, now())
-            && entry.remove_holder(id)
-        {
-            self.cache.remove(hash);
-        }
-    }
-
-    async fn care_for(&self, member: Arc<Member>, now: Instant) {
-        if member.wants_vetting() {
-            let mut nobody = StorePathHash([0; 20]);
-            fastrand::fill(&mut nobody.0);
-            self.vetting().insert(nobody, member.id);
-            member.vet(nobody).await;
-            self.vetting().remove(&nobody);
-        }
-        member.probe(now).await;
-    }
-
-    /// Tells whether this is a question of our own that came back.
-    fn came_back(&self, hash: StorePathHash) -> bool {
-        let asked = self.vetting().get(&hash).copied();
-        let setup = self.setup();
-        if let Some(member) = asked.and_then(|id| setup.member(id)) {
-            member.mark_as_ourselves();
-        }
-        asked.is_some()
-    }
-
-    fn vetting(&self) -> MutexGuard<'_, HashMap<StorePathHash, UpstreamId>> {
-        self.vetting.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn revalidating(&self) -> MutexGuard<'_, HashSet<StorePathHash>> {
-        self.revalidating
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Has the path kept alive on a holder, in the background, where that is due.
-    fn keep(self: &Arc<Self>, hash: StorePathHash, entry: &Arc<Entry>, now: Instant) {
-        if !entry.keep_is_due(self.options.keep_interval, now) {
-            return;
-        }
-        let (shared, entry) = (Arc::clone(self), Arc::clone(entry));
-        self.tasks.spawn(async move {
-            let setup = shared.setup();
-            let Some(path) = setup.parse(&entry).map(|info| info.path) else {
-                return;
-            };
-            for id in entry.holders() {
-                let Some(member) = setup.member(id).filter(|m| !m.is_sick()) else {
-                    continue;
-                };
-                match member.upstream.keep(&path).await {
-                    Ok(true) => return,
-                    Ok(false) => {
-                        if entry.remove_holder(id) {
-                            shared.cache.remove(hash);
-                        }
-                    }
-                    Err(error) => {
-                        let upstream = member.upstream.name();
-                        tracing::debug!(upstream, %path, %error, "could not be kept alive");
-                    }
-                }
-            }
-        });
     }
 }
 
@@ -455,36 +251,4 @@ fn refuse(member: &Member, error: &UntrustedRealisation) {
     warn!(upstream = member.upstream.name(), %error, "refused");
 }
 
-/// Tells whether the wall clock ran well ahead of the monotonic one, which stops in sleep.
-fn has_slept(before: (Instant, SystemTime), now: (Instant, SystemTime)) -> bool {
-    let running = now.0.saturating_duration_since(before.0);
-    let wall = now.1.duration_since(before.1).unwrap_or_default();
-    wall > running + SLEEP_MIN
-}
-
-/// Beyond it divergence is logged no more; each takes 20 bytes and a line in the log.
-const DIVERGENT_MAX: usize = 10_000;
-const CORRUPT_MAX: u64 = 10_000;
-/// Time after which a builder that gave wrong bytes is tried again; it may have been repaired.
-const CORRUPT_TTL: Duration = Duration::from_secs(600);
-const CARE_INTERVAL: Duration = Duration::from_millis(250);
-const PROBE_PATIENCE: Duration = Duration::from_secs(10);
-const SLEEP_MIN: Duration = Duration::from_secs(5);
 const LOG_PATIENCE: Duration = Duration::from_secs(20);
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_jump_of_the_wall_clock_alone_is_sleep() {
-        let before = (Instant::now(), SystemTime::now());
-        let after = |running, wall| {
-            let (running, wall) = (Duration::from_secs(running), Duration::from_secs(wall));
-            has_slept(before, (before.0 + running, before.1 + wall))
-        };
-        assert!(!after(1, 1));
-        assert!(!after(60, 62));
-        assert!(after(1, 600));
-    }
-}

@@ -12,7 +12,8 @@ use crate::nix::store_path::StorePathHash;
 
 use super::health::Standing;
 use super::member::{Answer, Member};
-use super::{Setup, Shared, closure, now};
+use super::shared::Shared;
+use super::{Setup, closure, now};
 
 /// Finds the narinfo of a hash part.
 ///

@@ -24,7 +24,8 @@ use crate::upstream::{self, NarStream};
 
 use super::member::Member;
 use super::nar_url::NarUrl;
-use super::{Shared, query};
+use super::query;
+use super::shared::Shared;
 
 /// The bounds of transfers.
 #[derive(Clone, Debug)]

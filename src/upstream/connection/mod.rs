@@ -232,27 +232,6 @@ impl Default for ConnectionOptions {
     }
 }
 
-impl From<ProtocolError> for Error {
-    fn from(error: ProtocolError) -> Self {
-        let text = error.to_string().into();
-        match error {
-            ProtocolError::GaveUp(_) | ProtocolError::NarCut(_) => Self::Lost(text),
-            _ => Self::Protocol(text),
-        }
-    }
-}
-
-impl From<HandshakeError> for Error {
-    fn from(error: HandshakeError) -> Self {
-        let text = error.to_string().into();
-        match error {
-            HandshakeError::TooOld(_) | HandshakeError::TooNew(_) => Self::Unsupported(text),
-            HandshakeError::Refused(_) => Self::Remote(text),
-            HandshakeError::NotADaemon(_) | HandshakeError::Protocol(_) => Self::Protocol(text),
-        }
-    }
-}
-
 async fn shake_hands(
     reader: &mut (impl AsyncRead + Unpin),
     writer: &mut (impl AsyncWrite + Unpin),
@@ -265,10 +244,10 @@ async fn shake_hands(
         let _ = writer.write_all_buf(&mut out).await;
         let _ = writer.flush().await;
         if reader.read_buf(buffer).await.map_err(|e| lost(&e))? == 0 {
-            let said = handshake.end_of_input(buffer).map(Error::from);
+            let said = handshake.end_of_input(buffer).map(of_handshake);
             return Err(said.unwrap_or_else(|| Error::Lost("closed before it greeted".into())));
         }
-        if let Some(peer) = handshake.proceed(buffer, &mut out)? {
+        if let Some(peer) = handshake.proceed(buffer, &mut out).map_err(of_handshake)? {
             return Ok(peer);
         }
     }
@@ -294,6 +273,23 @@ fn refuse_stream(request: &Request) -> Result<(), Error> {
             Err(Error::Unsupported("a stream as an answer".into()))
         }
         _ => Ok(()),
+    }
+}
+
+fn of_protocol(error: ProtocolError) -> Error {
+    let text = error.to_string().into();
+    match error {
+        ProtocolError::GaveUp(_) | ProtocolError::NarCut(_) => Error::Lost(text),
+        _ => Error::Protocol(text),
+    }
+}
+
+fn of_handshake(error: HandshakeError) -> Error {
+    let text = error.to_string().into();
+    match error {
+        HandshakeError::TooOld(_) | HandshakeError::TooNew(_) => Error::Unsupported(text),
+        HandshakeError::Refused(_) => Error::Remote(text),
+        HandshakeError::NotADaemon(_) | HandshakeError::Protocol(_) => Error::Protocol(text),
     }
 }
 

@@ -82,11 +82,16 @@ impl<R: AsyncRead + Unpin> Reading<R> {
         self.read().await?;
         self.questions.heard();
         self.take_over();
-        while let Some(event) = self.session.next(&mut self.buffer)? {
+        while let Some(event) = self.next()? {
             self.on_event(event).await?;
         }
         self.give_back();
         Ok(())
+    }
+
+    fn next(&mut self) -> Result<Option<Event>, Error> {
+        let event = self.session.next(&mut self.buffer);
+        event.map_err(super::of_protocol)
     }
 
     async fn read(&mut self) -> Result<(), Error> {
@@ -236,17 +241,15 @@ fn error_of_reply(error: ReplyError) -> Error {
     }
 }
 
-/// Tells whether a daemon's error says that the path is not there.
-///
-/// In order: Nix 2.34, 2.8, 2.26.
+/// Tells whether the words of a daemon say that the path is not there.
 fn is_missing(text: &str) -> bool {
-    [
-        "is not valid",
-        "No such file or directory",
-        "does not exist",
-    ]
-    .iter()
-    .any(|words| text.contains(words))
+    let words = [
+        "is not valid",              // what `LocalStore` says of a path that is not registered
+        "is not a valid store path", // Nix 2.34
+        "does not exist",            // Nix 2.26 and 2.34, registered but deleted
+        "No such file or directory", // Nix 2.8
+    ];
+    words.iter().any(|words| text.contains(words))
 }
 
 /// Room made for a read.

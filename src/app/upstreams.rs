@@ -1,0 +1,201 @@
+//! From configured upstreams to running ones; those that stay over a reload keep their connections.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context as _, anyhow, bail};
+use tracing::warn;
+
+use crate::cache::memory::UpstreamId;
+use crate::config::{self, Config};
+use crate::nix::path_info::Trust;
+use crate::nix::store_uri::StoreKind;
+use crate::nix::store_uri::authority::Authority;
+use crate::substituter::health;
+use crate::substituter::member::Member;
+use crate::upstream::build_log::{BuildLogs, DEFAULT_LOG_DIR};
+use crate::upstream::daemon::DaemonSocket;
+use crate::upstream::runtime_dir::RuntimeDir;
+use crate::upstream::ssh::{Ssh, SshOptions, SshTarget};
+use crate::upstream::ssh_command::split_options;
+use crate::upstream::wire::Dial;
+use crate::upstream::worker::{WorkerOptions, WorkerSetup, WorkerUpstream};
+
+/// The upstreams that run, by all that was said about them.
+pub(super) struct Upstreams {
+    started: Instant,
+    running: HashMap<String, Arc<Member>>,
+    next: u16,
+    runtime_dir: Arc<RuntimeDir>,
+    ssh_options: Vec<String>,
+}
+
+impl Upstreams {
+    /// Runs none yet; `started` is when the program was.
+    pub(super) fn new(started: Instant) -> anyhow::Result<Self> {
+        let parent = std::env::var_os("RUNTIME_DIRECTORY")
+            .map(PathBuf::from)
+            .unwrap_or_else(std::env::temp_dir);
+        let runtime_dir = RuntimeDir::create(&parent)
+            .with_context(|| format!("cannot make a folder in {}", parent.display()))?;
+        let ssh_options = std::env::var("NIX_SSHOPTS").unwrap_or_default();
+        Ok(Self {
+            started,
+            running: HashMap::new(),
+            next: 0,
+            runtime_dir: Arc::new(runtime_dir),
+            ssh_options: split_options(&ssh_options)?,
+        })
+    }
+
+    /// Starts what is configured and does not run, and lets go of what is not configured any more.
+    ///
+    /// One that cannot be started is left out and said; the others serve.
+    pub(super) fn members(&mut self, config: &Config) -> anyhow::Result<Vec<Arc<Member>>> {
+        let mut members = Vec::new();
+        let mut kept = HashMap::new();
+        for upstream in &config.upstreams {
+            let said = said(upstream, config);
+            let member = match self.running.get(&said) {
+                Some(member) => Arc::clone(member),
+                None => match self.start(upstream, config) {
+                    Ok(member) => Arc::new(member),
+                    Err(error) => {
+                        warn!(
+                            upstream = upstream.name,
+                            source = %upstream.source,
+                            error = format!("{error:#}"),
+                            "upstream left out"
+                        );
+                        continue;
+                    }
+                },
+            };
+            kept.insert(said, Arc::clone(&member));
+            members.push(member);
+        }
+        self.running = kept;
+        Ok(members)
+    }
+
+    fn start(&mut self, upstream: &config::Upstream, config: &Config) -> anyhow::Result<Member> {
+        let (dial, logs) = self.dial(upstream, config)?;
+        let setup = WorkerSetup {
+            name: upstream.name.clone(),
+            dial,
+            logs,
+            store_dir: config.store_dir.clone(),
+        };
+        let worker = WorkerUpstream::start(setup, options(upstream, config));
+        let id = UpstreamId(self.next);
+        self.next = self
+            .next
+            .checked_add(1)
+            .context("too many upstreams over all reloads")?;
+        // One that a reload brings is new to us: it gets the patience of a start.
+        let since = if self.running.is_empty() {
+            self.started
+        } else {
+            Instant::now()
+        };
+        Ok(Member::new(
+            id,
+            Arc::new(worker),
+            upstream.trust.clone(),
+            health::Options::default(),
+            since,
+        ))
+    }
+
+    fn dial(
+        &self,
+        upstream: &config::Upstream,
+        config: &Config,
+    ) -> anyhow::Result<(Arc<dyn Dial>, BuildLogs)> {
+        let local = |path: PathBuf| -> (Arc<dyn Dial>, BuildLogs) {
+            let logs = BuildLogs::Directory(DEFAULT_LOG_DIR.into());
+            (Arc::new(DaemonSocket::new(path)), logs)
+        };
+        match upstream.uri.kind() {
+            StoreKind::Daemon | StoreKind::Local(None) => Ok(local(config.daemon_socket.clone())),
+            StoreKind::Unix(path) => Ok(local(path.into())),
+            StoreKind::Ssh(authority) | StoreKind::SshNg(authority) => {
+                let target = self.target(upstream, authority);
+                let options = SshOptions {
+                    connect_timeout: upstream.connect_timeout,
+                    ..SshOptions::default()
+                };
+                let ssh = Arc::new(Ssh::new(target, options, Arc::clone(&self.runtime_dir))?);
+                let logs = BuildLogs::Command {
+                    nix_store: ssh.nix_store(),
+                    dial: Arc::clone(&ssh) as Arc<dyn Dial>,
+                };
+                Ok((ssh, logs))
+            }
+            StoreKind::Http(..) | StoreKind::Https(..) | StoreKind::File(_) => {
+                bail!("binary caches cannot be upstreams yet; list them in nix.conf beside muster")
+            }
+            StoreKind::Local(Some(_)) => Err(anyhow!(
+                "a store without a daemon cannot be asked; run a nix-daemon for it and name its \
+                 socket as unix:///path"
+            )),
+            StoreKind::Unsupported(scheme) => Err(anyhow!(
+                "{scheme} stores cannot be upstreams; use ssh-ng://, ssh://, daemon or unix://"
+            )),
+        }
+    }
+
+    fn target(&self, upstream: &config::Upstream, authority: &Authority) -> SshTarget {
+        let settings = upstream.uri.settings();
+        SshTarget {
+            user: authority.user().map(str::to_owned),
+            host: authority.host().to_ssh(),
+            port: authority.port(),
+            key_file: upstream.ssh_key.clone(),
+            host_key: settings.host_key.as_ref().map(ToString::to_string),
+            compress: settings.compress,
+            remote_program: settings.remote_program.clone(),
+            remote_store: settings.remote_store.clone(),
+            options: self.ssh_options.clone(),
+        }
+    }
+}
+
+fn options(upstream: &config::Upstream, config: &Config) -> WorkerOptions {
+    let mut options = WorkerOptions::default();
+    for session in [
+        &mut options.standing.session,
+        &mut options.pool.session,
+        &mut options.roots.session,
+    ] {
+        session.connect_timeout = upstream.connect_timeout;
+    }
+    options.standing.query_timeout = upstream.query_timeout;
+    options.standing.batch_timeout = upstream.query_timeout;
+    options.roots.query_timeout = upstream.query_timeout;
+    options.roots.lifetime = config.roots_lifetime;
+    options.pool.large_max = upstream.nar_transfers_max;
+    options
+}
+
+/// All that decides how an upstream runs, so that a change of any of it starts it anew.
+fn said(upstream: &config::Upstream, config: &Config) -> String {
+    let trust = match &upstream.trust {
+        Trust::Operator => "trusted".to_owned(),
+        Trust::Keys(keys) => format!("{keys:?}"),
+    };
+    format!(
+        "{:?} {} {trust} {:?} {:?} {:?} {} {:?} {} {:?}",
+        upstream.uri,
+        upstream.name,
+        upstream.ssh_key,
+        upstream.connect_timeout,
+        upstream.query_timeout,
+        upstream.nar_transfers_max,
+        config.daemon_socket,
+        config.store_dir,
+        config.roots_lifetime,
+    )
+}

@@ -1,0 +1,114 @@
+//! The command line: one file per subcommand, and what they share.
+
+pub mod check_config;
+pub mod completions;
+pub mod key;
+pub mod logging;
+pub mod man;
+pub mod serve;
+
+use std::io::{self, ErrorKind, IsTerminal as _, Write as _};
+use std::path::{Path, PathBuf};
+
+use clap::{CommandFactory as _, Parser, Subcommand};
+
+use crate::config::raw::RawConfig;
+use crate::config::{Config, ConfigFile, Environment, Look};
+
+/// The arguments of `muster`.
+#[derive(Parser, Debug)]
+#[command(
+    name = "muster",
+    version,
+    about = "One signed Nix substituter for all of your builders",
+    long_about = LONG_ABOUT,
+    after_long_help = AFTER_LONG_HELP,
+    disable_help_subcommand = true,
+    subcommand_required = true,
+    arg_required_else_help = true
+)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The subcommands.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Serve the stores of all builders as one substituter
+    Serve(Box<serve::Args>),
+    /// Make signing keys and show their public halves
+    #[command(subcommand)]
+    Key(key::Command),
+    /// Say what a configuration means, or what is wrong with it
+    CheckConfig(check_config::Args),
+    /// Write a completion script for a shell
+    Completions(completions::Args),
+    /// Write the manual pages
+    Man(man::Args),
+}
+
+/// Returns the definition of the whole command line, for completions and manual pages.
+pub(crate) fn definition() -> clap::Command {
+    let mut command = Cli::command();
+    command.build();
+    command
+}
+
+/// Shows an error on standard error, with its causes, in colour on a terminal.
+pub fn show_error(error: &anyhow::Error) {
+    let mut stderr = io::stderr().lock();
+    let colour = stderr.is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let (on, off) = if colour {
+        ("\x1b[1;31m", "\x1b[0m")
+    } else {
+        ("", "")
+    };
+    // With nobody to read it, there is nobody to tell.
+    _ = writeln!(stderr, "{on}error:{off} {error:#}");
+}
+
+/// Writes to standard output; a reader who has had enough, such as `head`, is no error.
+fn print(text: &str) -> io::Result<()> {
+    let mut stdout = io::stdout().lock();
+    let written = stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush());
+    match written {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        written => written,
+    }
+}
+
+/// Reads the named file, or the usual one where there is one, and checks it under some flags.
+fn load(
+    named: Option<&Path>,
+    flags: impl FnOnce(&mut RawConfig),
+    look: Look,
+) -> anyhow::Result<(Option<PathBuf>, Config)> {
+    let usual = Path::new(CONFIG_FILE);
+    let path = named.or_else(|| usual.exists().then_some(usual));
+    let file = path.map(ConfigFile::open).transpose()?;
+    let mut raw = match &file {
+        Some(file) => file.parse()?,
+        None => RawConfig::default(),
+    };
+    flags(&mut raw);
+    let config = Config::check(raw, file.as_ref(), &Environment::of_process(), look)?;
+    Ok((path.map(Path::to_owned), config))
+}
+
+/// Read when no other is named.
+const CONFIG_FILE: &str = "/etc/muster/config.toml";
+
+const LONG_ABOUT: &str = "\
+Muster gathers the stores of many Nix builders into one signed HTTP substituter. A client adds one \
+URL and one key to nix.conf, and whatever any builder has already built is found before a single \
+dependency is rebuilt.";
+
+const AFTER_LONG_HELP: &str = "\
+Start with `muster serve`: it finds the builders in /etc/nix/machines, makes a signing key, and \
+prints the lines that go into nix.conf.
+
+Exit status: 0 if all went well, 1 if it failed, 2 if the command line was wrong.";

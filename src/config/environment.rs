@@ -1,0 +1,134 @@
+//! What the process is started with: folders, host name, processors. Read once, handed in.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use crate::nix::store_uri::DAEMON_SOCKET;
+
+/// The process's surroundings, as far as the configuration depends on them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Environment {
+    /// Where the default key is kept: the first folder of `$STATE_DIRECTORY`; else `/var/lib/muster`
+    /// for root, and `muster` in `$XDG_STATE_HOME` or `~/.local/state` for others; `None`: no home.
+    pub state_dir: Option<PathBuf>,
+    /// Where systemd puts credentials, `$CREDENTIALS_DIRECTORY`.
+    pub credentials_dir: Option<PathBuf>,
+    /// The socket of this machine's daemon: `$NIX_DAEMON_SOCKET_PATH`, or the usual one.
+    pub daemon_socket: PathBuf,
+    /// This machine's name.
+    pub hostname: String,
+    /// Processors that the process may use.
+    pub cores: usize,
+}
+
+impl Environment {
+    /// Reads the surroundings of this process.
+    pub fn of_process() -> Self {
+        let root = rustix::process::geteuid().is_root();
+        Self {
+            hostname: hostname(),
+            cores: std::thread::available_parallelism().map_or(1, |cores| cores.get()),
+            ..Self::of(&|name| std::env::var_os(name), root)
+        }
+    }
+
+    fn of(variable: &dyn Fn(&str) -> Option<OsString>, root: bool) -> Self {
+        // What the XDG specification says of relative paths is right for all: ignore them.
+        let folder = |name| {
+            variable(name)
+                .map(PathBuf::from)
+                .filter(|path| path.is_absolute())
+        };
+        let systemd = variable("STATE_DIRECTORY").and_then(|list| {
+            let first = std::env::split_paths(&list).next()?;
+            Some(first).filter(|path| path.is_absolute())
+        });
+        let own = || {
+            if root {
+                return Some(PathBuf::from(ROOT_STATE_DIR));
+            }
+            let state = folder("XDG_STATE_HOME");
+            let state = state.or_else(|| folder("HOME").map(|home| home.join(".local/state")));
+            state.map(|state| state.join("muster"))
+        };
+        Self {
+            state_dir: systemd.or_else(own),
+            credentials_dir: folder("CREDENTIALS_DIRECTORY"),
+            daemon_socket: folder("NIX_DAEMON_SOCKET_PATH").unwrap_or_else(|| DAEMON_SOCKET.into()),
+            hostname: String::new(),
+            cores: 1,
+        }
+    }
+
+    /// Finds a key file: a name without slash that is a credential stands for the credential.
+    pub fn key_path(&self, path: &Path) -> PathBuf {
+        let named = path.file_name() == Some(path.as_os_str());
+        let credential = self.credentials_dir.as_ref().map(|dir| dir.join(path));
+        match credential {
+            Some(credential) if named && credential.exists() => credential,
+            _ => path.to_owned(),
+        }
+    }
+}
+
+/// Returns this machine's name, `localhost` where it has none.
+pub fn hostname() -> String {
+    let name = rustix::system::uname();
+    let name = name.nodename().to_string_lossy();
+    // The kernel says `(none)` before anybody has named it.
+    match &*name {
+        "" | "(none)" => "localhost".to_owned(),
+        name => name.to_owned(),
+    }
+}
+
+const ROOT_STATE_DIR: &str = "/var/lib/muster";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state_dir(variables: &[(&str, &str)], root: bool) -> Option<String> {
+        let variable = |name: &str| {
+            let found = variables.iter().find(|(n, _)| *n == name)?;
+            Some(found.1.into())
+        };
+        let found = Environment::of(&variable, root).state_dir;
+        found.map(|path| path.to_string_lossy().into_owned())
+    }
+
+    #[test]
+    fn the_state_directory_follows_systemd_then_the_user() {
+        let home = ("HOME", "/home/u");
+        let dir = |variables: &[_], root| state_dir(variables, root).unwrap_or_default();
+        assert_eq!(
+            dir(&[("STATE_DIRECTORY", "/var/lib/a:/var/lib/b"), home], true),
+            "/var/lib/a"
+        );
+        assert_eq!(dir(&[home], true), "/var/lib/muster");
+        assert_eq!(dir(&[home], false), "/home/u/.local/state/muster");
+        assert_eq!(dir(&[home, ("XDG_STATE_HOME", "/s")], false), "/s/muster");
+        assert_eq!(
+            dir(&[home, ("XDG_STATE_HOME", "s")], false),
+            "/home/u/.local/state/muster"
+        );
+        assert_eq!(dir(&[("STATE_DIRECTORY", "")], true), "/var/lib/muster");
+        assert_eq!(dir(&[], false), "");
+    }
+
+    #[test]
+    fn a_bare_name_is_a_credential_where_there_is_one() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("key"), "").unwrap();
+        let mut environment = Environment::of(&|_| None, true);
+        assert_eq!(environment.key_path(Path::new("key")), Path::new("key"));
+        environment.credentials_dir = Some(folder.path().to_owned());
+        assert_eq!(
+            environment.key_path(Path::new("key")),
+            folder.path().join("key")
+        );
+        for other in ["other", "./key", "/key", ".."] {
+            assert_eq!(environment.key_path(Path::new(other)), Path::new(other));
+        }
+    }
+}

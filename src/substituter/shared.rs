@@ -1,0 +1,192 @@
+//! What handles, flights and background tasks of one substituter share.
+//!
+//! Bookkeeping only: who holds what, what is published, what is kept alive. Whom to ask is `query`'s.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use tokio::sync::Semaphore;
+use tracing::{debug, warn};
+
+use crate::cache::memory::{Entry, Lookup, NarInfoCache, UpstreamId};
+use crate::cache::policy::Freshness;
+use crate::cache::single_flight::SingleFlight;
+use crate::codec::compression::Encoder;
+use crate::nix::path_info::{PathInfo, Verified};
+use crate::nix::store_path::StorePathHash;
+
+use super::counters::Counters;
+use super::member::Member;
+use super::tasks::Tasks;
+use super::{Options, Setup, now};
+
+/// Everything that handles, flights and background tasks share.
+pub(super) struct Shared {
+    pub(super) options: Options,
+    // Never held over an await; read, cloned and let go.
+    pub(super) setup: RwLock<Arc<Setup>>,
+    pub(super) cache: NarInfoCache,
+    pub(super) flights: SingleFlight<StorePathHash, Option<Arc<Entry>>>,
+    pub(super) counters: Counters,
+    pub(super) tasks: Tasks,
+    /// Paths of which two holders have different NARs. Bounded by `DIVERGENT_MAX`.
+    pub(super) divergent: Mutex<HashSet<StorePathHash>>,
+    /// Hash parts whose revalidation is under way.
+    pub(super) revalidating: Mutex<HashSet<StorePathHash>>,
+    /// Random hash parts that upstreams are asked for, to see whether they lead back here.
+    pub(super) vetting: Mutex<HashMap<StorePathHash, UpstreamId>>,
+    pub(super) walks: Arc<Semaphore>,
+    /// KiB of small NARs that may be in memory at once.
+    pub(super) whole_nars: Arc<Semaphore>,
+    /// Holders whose bytes did not fit; not asked for this path for a while.
+    pub(super) corrupt: moka::sync::Cache<(StorePathHash, UpstreamId), ()>,
+    pub(super) encoder: Encoder,
+}
+
+impl Shared {
+    pub(super) fn new(options: Options, setup: Setup) -> Self {
+        let walks_max = options.prefetch.as_ref().map_or(0, |p| p.walks_max);
+        Self {
+            cache: NarInfoCache::new(options.memory.clone()),
+            setup: RwLock::new(Arc::new(setup)),
+            flights: SingleFlight::new(),
+            counters: Counters::default(),
+            tasks: Tasks::new(options.tasks_max),
+            divergent: Mutex::default(),
+            revalidating: Mutex::default(),
+            vetting: Mutex::default(),
+            walks: Arc::new(Semaphore::new(walks_max)),
+            whole_nars: Arc::new(Semaphore::new(options.transfer.whole_kib_max as usize)),
+            corrupt: moka::sync::Cache::builder()
+                .max_capacity(CORRUPT_MAX)
+                .time_to_live(CORRUPT_TTL)
+                .build(),
+            encoder: Encoder::new(options.transfer.encoder.clone()),
+            options,
+        }
+    }
+
+    pub(super) fn setup(&self) -> Arc<Setup> {
+        let setup = self.setup.read().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(&setup)
+    }
+
+    /// Publishes a checked path info and keeps it; the NAR that was chosen before is kept to.
+    pub(super) fn commit(
+        &self,
+        setup: &Setup,
+        member: &Member,
+        verified: &Verified,
+        now: Instant,
+    ) -> Arc<Entry> {
+        let hash = verified.path.hash();
+        if let Lookup::Present(entry, Freshness::Fresh) = self.cache.get(hash, now) {
+            self.note_holder(&entry, member, verified);
+            return entry;
+        }
+        self.recommit(setup, member, verified, now)
+    }
+
+    /// Records a late answer: one more holder, or one of different bytes.
+    pub(super) fn note_holder(&self, entry: &Entry, member: &Member, info: &PathInfo) {
+        if info.nar_hash == entry.nar_hash {
+            entry.add_holder(member.id);
+            return;
+        }
+        let mut divergent = self
+            .divergent
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if divergent.len() < DIVERGENT_MAX && divergent.insert(info.path.hash()) {
+            warn!(
+                path = %info.path,
+                served = %entry.nar_hash,
+                upstream = member.upstream.name(),
+                upstream.nar_hash = %info.nar_hash,
+                "two builders have different bytes for one path, the first answer is kept to"
+            );
+        }
+    }
+
+    /// Publishes anew, in place of what was kept.
+    pub(super) fn recommit(
+        &self,
+        setup: &Setup,
+        member: &Member,
+        verified: &Verified,
+        now: Instant,
+    ) -> Arc<Entry> {
+        let text = setup.publisher.publish(verified);
+        let entry = Arc::new(Entry::new(text, verified.nar_hash, member.id, now));
+        self.cache.commit(verified.path.hash(), Arc::clone(&entry));
+        entry
+    }
+
+    /// Believes what is known for another while.
+    pub(super) fn extend(&self, hash: StorePathHash, entry: &Entry, now: Instant) {
+        let mut holders = entry.holders().into_iter();
+        let Some(first) = holders.next() else {
+            return;
+        };
+        let fresh = Entry::new(entry.text.clone(), entry.nar_hash, first, now);
+        holders.for_each(|id| fresh.add_holder(id));
+        self.cache.commit(hash, Arc::new(fresh));
+    }
+
+    /// Notes that an upstream does not have a path any more.
+    pub(super) fn forget_holder(&self, hash: StorePathHash, id: UpstreamId) {
+        if let Lookup::Present(entry, _) = self.cache.get(hash, now())
+            && entry.remove_holder(id)
+        {
+            self.cache.remove(hash);
+        }
+    }
+
+    pub(super) fn vetting(&self) -> MutexGuard<'_, HashMap<StorePathHash, UpstreamId>> {
+        self.vetting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn revalidating(&self) -> MutexGuard<'_, HashSet<StorePathHash>> {
+        self.revalidating
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has the path kept alive on a holder, in the background, where that is due.
+    pub(super) fn keep(self: &Arc<Self>, hash: StorePathHash, entry: &Arc<Entry>, now: Instant) {
+        if !entry.keep_is_due(self.options.keep_interval, now) {
+            return;
+        }
+        let (shared, entry) = (Arc::clone(self), Arc::clone(entry));
+        self.tasks.spawn(async move {
+            let setup = shared.setup();
+            let Some(path) = setup.parse(&entry).map(|info| info.path) else {
+                return;
+            };
+            for id in entry.holders() {
+                let Some(member) = setup.member(id).filter(|m| !m.is_sick()) else {
+                    continue;
+                };
+                match member.upstream.keep(&path).await {
+                    Ok(true) => return,
+                    Ok(false) => {
+                        if entry.remove_holder(id) {
+                            shared.cache.remove(hash);
+                        }
+                    }
+                    Err(error) => {
+                        let upstream = member.upstream.name();
+                        debug!(upstream, %path, %error, "could not be kept alive");
+                    }
+                }
+            }
+        });
+    }
+}
+
+/// Beyond it divergence is logged no more; each takes 20 bytes and a line in the log.
+const DIVERGENT_MAX: usize = 10_000;
+const CORRUPT_MAX: u64 = 10_000;
+/// Time after which a builder that gave wrong bytes is tried again; it may have been repaired.
+const CORRUPT_TTL: Duration = Duration::from_secs(600);
