@@ -8,7 +8,7 @@ use bytes::Bytes;
 use futures_util::stream::Stream;
 use tokio::time::{Instant, Sleep, sleep};
 
-use super::pool::Lease;
+use super::slots::Lease;
 use super::{Error, NarStream};
 
 /// A stream with its lease. It ends after its first error.

@@ -15,6 +15,7 @@ mod pool_choice;
 pub mod roots;
 pub mod runtime_dir;
 pub mod session;
+mod slots;
 pub mod ssh;
 pub mod ssh_command;
 mod ssh_diagnosis;

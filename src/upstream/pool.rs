@@ -5,19 +5,20 @@
 //! another. Tasks that open sessions are owned by the pool and end with it; a stream that is
 //! being read keeps its session, but not the pool.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
 use futures_util::stream;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{Semaphore, watch};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, sleep, timeout};
 use tracing::debug;
 
 use super::leased::Leased;
-use super::pool_choice::{self, Choice, Load, Usage};
+use super::pool_choice::{self, Choice};
 use super::session::{Session, SessionOptions};
+use super::slots::{Lease, Slots, Table};
 use super::wire::{Dial, Purpose};
 use super::{Error, NarStream};
 use crate::nix::store_path::StorePath;
@@ -54,28 +55,13 @@ struct Shared {
     name: String,
     dial: Arc<dyn Dial>,
     options: PoolOptions,
-    // Never held over an await; no other lock is taken under it.
-    state: Mutex<State>,
+    table: Arc<Table>,
+    // Taken under the table's lock; never held over an await.
+    openers: Mutex<JoinSet<()>>,
     large: Arc<Semaphore>,
     logins: Arc<Semaphore>,
     /// Tells those who wait for a session how the last opening went.
     opened: watch::Sender<Opened>,
-}
-
-#[derive(Default)]
-struct State {
-    slots: Vec<Slot>,
-    next: u64,
-    opening: usize,
-    /// One session is to be kept open even when nothing is asked.
-    warm: bool,
-    openers: JoinSet<()>,
-}
-
-struct Slot {
-    id: u64,
-    session: Arc<Session>,
-    load: Load,
 }
 
 /// The result of the last opening of a shared session.
@@ -84,25 +70,14 @@ struct Opened {
     error: Option<Error>,
 }
 
-/// The use of a session by one NAR; given back when dropped.
-pub(super) struct Lease {
-    shared: Weak<Shared>,
-    id: u64,
-    bytes: u64,
-    usage: Usage,
-    ended: bool,
-    // Keeps the session open for as long as the NAR is read.
-    session: Arc<Session>,
-    _permit: Option<OwnedSemaphorePermit>,
-}
-
 impl Pool {
     /// Makes a pool without a session; must be called in a runtime.
     pub fn new(name: String, dial: Arc<dyn Dial>, options: PoolOptions) -> Self {
         let shared = Arc::new(Shared {
             name,
             dial,
-            state: Mutex::default(),
+            table: Arc::default(),
+            openers: Mutex::default(),
             large: Arc::new(Semaphore::new(options.large_max.max(1))),
             logins: Arc::new(Semaphore::new(options.logins_max.max(1))),
             opened: watch::Sender::default(),
@@ -114,11 +89,9 @@ impl Pool {
 
     /// Says whether one session is to be kept open, and opens it if there is none.
     pub fn warm(&self, warm: bool) {
-        let mut state = self.shared.state();
-        state.warm = warm;
-        if warm && state.slots.is_empty() && state.opening == 0 {
-            self.shared.begin_open(&mut state);
-        }
+        let mut slots = self.shared.table.lock();
+        slots.warm = warm;
+        self.shared.keep_warm(&mut slots);
     }
 
     /// Opens the NAR of a path and waits for its first bytes; `None`: the path is gone.
@@ -133,7 +106,7 @@ impl Pool {
             } else {
                 self.shared.lease_small(nar_size).await?
             };
-            let session = lease.session.clone();
+            let session = lease.session().clone();
             // Among the NARs that a break left open there may be more that would break a session.
             let opened = match attempt {
                 1 => self.shared.open_nar(lease, path, nar_size).await,
@@ -158,7 +131,7 @@ impl Pool {
 
     /// Returns how many sessions are open, for people.
     pub fn sessions(&self) -> usize {
-        self.shared.state().slots.len()
+        self.shared.table.lock().len()
     }
 }
 
@@ -169,10 +142,6 @@ impl Drop for Pool {
 }
 
 impl Shared {
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Asks for the NAR and waits for its first bytes, so that a loss until then can be made good.
     async fn open_nar(
         &self,
@@ -180,7 +149,7 @@ impl Shared {
         path: &StorePath,
         nar_size: u64,
     ) -> Result<Option<NarStream>, Error> {
-        let session = lease.session.clone();
+        let session = lease.session().clone();
         let silence_max = self.options.silence_max;
         let first = async {
             let Some(mut nar) = session.nar(path, nar_size).await? else {
@@ -236,22 +205,28 @@ impl Shared {
         let mut opened = self.opened.subscribe();
         loop {
             {
-                let mut state = self.state();
-                state.drop_closed();
-                let choice =
-                    pool_choice::for_small(&state.loads(), state.opening, self.options.shared_max);
-                match choice {
-                    Choice::Use(place) => return Ok(self.lease(&mut state, place, bytes, None)),
+                let mut slots = self.table.lock();
+                let loads = slots.loads();
+                let choice = pool_choice::for_small(&loads, slots.opening, self.options.shared_max);
+                let place = match choice {
+                    Choice::Use(place) => Some(place),
                     Choice::UseAndOpen(place) => {
-                        self.begin_open(&mut state);
-                        return Ok(self.lease(&mut state, place, bytes, None));
+                        self.begin_open(&mut slots);
+                        Some(place)
                     }
-                    Choice::Wait if state.opening == 0 => self.begin_open(&mut state),
-                    Choice::Wait => {}
+                    Choice::Wait if slots.opening == 0 => {
+                        self.begin_open(&mut slots);
+                        None
+                    }
+                    Choice::Wait => None,
+                };
+                let lease = place.and_then(|p| slots.lease(&self.table, p, bytes, None));
+                if let Some(lease) = lease {
+                    return Ok(lease);
                 }
             }
             if opened.changed().await.is_err() {
-                return Err(Error::Down("it is being closed".into()));
+                return Err(closing());
             }
             if let Some(error) = opened.borrow_and_update().error.clone() {
                 return Err(error);
@@ -262,51 +237,23 @@ impl Shared {
     /// Takes a session for a large NAR alone, waiting while there are too many.
     async fn lease_large(self: &Arc<Self>, bytes: u64) -> Result<Lease, Error> {
         let permit = self.large.clone().acquire_owned().await;
-        let permit = permit.map_err(|_| Error::Down("it is being closed".into()))?;
+        let permit = Some(permit.map_err(|_| closing())?);
         {
-            let mut state = self.state();
-            state.drop_closed();
-            if let Some(place) = pool_choice::for_large(&state.loads()) {
-                let lease = self.lease(&mut state, place, bytes, Some(permit));
+            let mut slots = self.table.lock();
+            if let Some(place) = pool_choice::for_large(&slots.loads()) {
+                let lease = slots.lease(&self.table, place, bytes, permit);
                 // Small NARs must not find the last shared session gone.
-                let shared = |slot: &Slot| slot.load.usage == Usage::Shared;
-                if state.opening == 0 && !state.slots.iter().any(shared) {
-                    self.begin_open(&mut state);
+                if slots.lacks_shared() {
+                    self.begin_open(&mut slots);
                 }
-                return Ok(lease);
+                return lease.ok_or_else(closing);
             }
         }
         let session = self.open().await?;
-        let mut state = self.state();
-        let place = state.add(session);
-        Ok(self.lease(&mut state, place, bytes, Some(permit)))
-    }
-
-    /// Notes the use of a session by a NAR; with a permit, by a large one alone.
-    fn lease(
-        self: &Arc<Self>,
-        state: &mut State,
-        place: usize,
-        bytes: u64,
-        permit: Option<OwnedSemaphorePermit>,
-    ) -> Lease {
-        let slot = &mut state.slots[place];
-        slot.load.nars += 1;
-        slot.load.bytes += bytes;
-        let usage = match permit {
-            Some(_) => Usage::Exclusive,
-            None => Usage::Shared,
-        };
-        slot.load.usage = usage;
-        Lease {
-            shared: Arc::downgrade(self),
-            id: slot.id,
-            bytes,
-            usage,
-            ended: false,
-            session: slot.session.clone(),
-            _permit: permit,
-        }
+        let mut slots = self.table.lock();
+        let place = slots.add(session);
+        let lease = slots.lease(&self.table, place, bytes, permit);
+        lease.ok_or_else(closing)
     }
 
     async fn open(&self) -> Result<Arc<Session>, Error> {
@@ -316,100 +263,46 @@ impl Shared {
         Ok(Arc::new(session))
     }
 
+    /// Opens a session when there is none and one is to be kept open.
+    fn keep_warm(self: &Arc<Self>, slots: &mut Slots) {
+        if slots.warm && slots.len() == 0 && slots.opening == 0 {
+            self.begin_open(slots);
+        }
+    }
+
     /// Opens a shared session in the background and tells those who wait.
-    fn begin_open(self: &Arc<Self>, state: &mut State) {
-        state.opening += 1;
-        while state.openers.try_join_next().is_some() {}
+    fn begin_open(self: &Arc<Self>, slots: &mut Slots) {
+        slots.opening += 1;
         // The task must not keep the pool that owns it.
         let pool = Arc::downgrade(self);
         let logins = self.logins.clone();
         let dial = self.dial.clone();
         let options = self.options.session.clone();
-        state.openers.spawn(async move {
+        let open = async move {
             let _login = logins.acquire().await;
             let result = Session::open(&*dial, Purpose::Nar, &options).await;
             if let Some(pool) = pool.upgrade() {
                 pool.end_open(result);
             }
-        });
+        };
+        let mut openers = self.openers.lock().unwrap_or_else(PoisonError::into_inner);
+        while openers.try_join_next().is_some() {}
+        openers.spawn(open);
     }
 
     fn end_open(&self, result: Result<Session, Error>) {
-        let mut state = self.state();
-        state.opening -= 1;
-        let error = match result {
-            Ok(session) => {
-                debug!(upstream = %self.name, "opened a session for NARs");
-                state.add(Arc::new(session));
-                None
-            }
-            Err(error) => {
+        let error = {
+            let mut slots = self.table.lock();
+            slots.opening = slots.opening.saturating_sub(1);
+            result.map(|session| slots.add(Arc::new(session))).err()
+        };
+        match &error {
+            None => debug!(upstream = %self.name, "opened a session for NARs"),
+            Some(error) => {
                 debug!(upstream = %self.name, %error, "cannot open a session for NARs");
-                Some(error)
-            }
-        };
-        drop(state);
-        self.opened.send_replace(Opened { error });
-    }
-}
-
-impl State {
-    fn loads(&self) -> Vec<Load> {
-        self.slots.iter().map(|slot| slot.load).collect()
-    }
-
-    fn add(&mut self, session: Arc<Session>) -> usize {
-        self.next += 1;
-        self.slots.push(Slot {
-            id: self.next,
-            session,
-            load: Load {
-                usage: Usage::Shared,
-                nars: 0,
-                bytes: 0,
-                since: Instant::now().into_std(),
-            },
-        });
-        self.slots.len() - 1
-    }
-
-    fn drop_closed(&mut self) {
-        self.slots.retain(|slot| !slot.session.is_closed());
-    }
-}
-
-impl Lease {
-    /// Notes that the NAR came whole, or that the peer said properly that it does not come.
-    pub(super) fn end(&mut self) {
-        self.ended = true;
-    }
-
-    /// Lets the session carry no further NAR; it closes when those on it are through.
-    pub(super) fn discard(&mut self) {
-        self.usage = Usage::Exclusive;
-    }
-}
-
-impl Drop for Lease {
-    fn drop(&mut self) {
-        let Some(shared) = self.shared.upgrade() else {
-            return;
-        };
-        let mut state = shared.state();
-        let Some(place) = state.slots.iter().position(|slot| slot.id == self.id) else {
-            return;
-        };
-        let slot = &mut state.slots[place];
-        slot.load.nars = slot.load.nars.saturating_sub(1);
-        slot.load.bytes = slot.load.bytes.saturating_sub(self.bytes);
-        slot.load.since = Instant::now().into_std();
-        if self.usage == Usage::Exclusive {
-            slot.load.usage = Usage::Shared;
-            if !self.ended {
-                // What is left of a large NAR would have to be read and thrown away.
-                state.slots.swap_remove(place);
             }
         }
+        self.opened.send_replace(Opened { error });
     }
 }
 
@@ -421,18 +314,16 @@ async fn tend(pool: Weak<Shared>, idle_max: Duration) {
         let Some(shared) = pool.upgrade() else {
             return;
         };
-        let mut state = shared.state();
-        state.drop_closed();
+        let mut slots = shared.table.lock();
         let now = Instant::now().into_std();
-        let mut stale = pool_choice::stale(&state.loads(), now, idle_max, WARM);
-        stale.sort_unstable();
-        for place in stale.into_iter().rev() {
-            state.slots.swap_remove(place);
-        }
-        if state.warm && state.slots.is_empty() && state.opening == 0 {
-            shared.begin_open(&mut state);
-        }
+        let stale = pool_choice::stale(&slots.loads(), now, idle_max, WARM);
+        slots.remove(stale);
+        shared.keep_warm(&mut slots);
     }
+}
+
+fn closing() -> Error {
+    Error::Down("it is being closed".into())
 }
 
 impl Default for PoolOptions {

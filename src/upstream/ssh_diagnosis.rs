@@ -42,7 +42,7 @@ fn remedy(evidence: &Evidence) -> Option<String> {
         )
     } else if changed {
         format!(
-            "the host key of {host} changed; if that is right, run `ssh-keygen -R {host}` and log in once by hand"
+            "the host key of {host} changed; if that is right, remove the old one with `ssh-keygen -R` and log in once by hand"
         )
     } else if no_key {
         format!(
@@ -107,6 +107,8 @@ fn is_noise(line: &str) -> bool {
         || line.starts_with("@@@")
         || line.starts_with("@ ")
         || line.starts_with("** ")
+        || line.starts_with("ssh-keygen ")
+        || line.starts_with("remove with:")
         || line == "Permission denied, please try again."
 }
 
@@ -141,7 +143,7 @@ mod tests {
             (
                 "@@@@@@@\n@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @\nHost key verification failed.",
                 255,
-                "ssh-keygen -R b1",
+                "ssh-keygen -R",
             ),
             (
                 "nix@b1: Permission denied (publickey).\n",

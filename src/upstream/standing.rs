@@ -10,7 +10,7 @@
 //! under way when the connection broke is asked once more on the next, because all questions here
 //! only read. The task that connects is owned and ends with the [`Standing`].
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::{Notify, watch};
@@ -51,7 +51,9 @@ struct Shared {
     options: StandingOptions,
     status: watch::Sender<Status>,
     link: watch::Sender<Link>,
-    /// Cuts the pause between two attempts.
+    /// Held while both change, so that they tell the same. Never held over an await.
+    changing: Mutex<()>,
+    /// Cuts the pause between two attempts, or an attempt.
     wake: Notify,
     /// Ends a connection that a question found silent.
     distrust: Notify,
@@ -62,6 +64,12 @@ enum Status {
     Connecting,
     Up(Live),
     Down(Error),
+}
+
+impl Status {
+    fn is(&self, live: &Live) -> bool {
+        matches!(self, Self::Up(current) if current.number == live.number)
+    }
 }
 
 /// The connection that is up, with its number among all so far.
@@ -82,6 +90,7 @@ impl Standing {
             link: watch::Sender::new(Link::Connecting {
                 since: Instant::now().into_std(),
             }),
+            changing: Mutex::default(),
             wake: Notify::new(),
             distrust: Notify::new(),
         });
@@ -94,9 +103,18 @@ impl Standing {
         self.shared.link.subscribe()
     }
 
-    /// Cuts the pause between two attempts.
+    /// Begins an attempt at once, in place of a pause or of an attempt that has taken long.
+    ///
+    /// Questions wait for it from now on. A connection that is up stays.
     pub fn reconnect(&self) {
-        self.shared.wake.notify_waiters();
+        let begins = self.shared.connecting_if(|link| match link {
+            Link::Up { .. } => false,
+            Link::Connecting { since } => Instant::from_std(*since).elapsed() >= FRESH,
+            Link::Down { .. } => true,
+        });
+        if begins {
+            self.shared.wake.notify_one();
+        }
     }
 
     /// Asks one question.
@@ -150,7 +168,14 @@ impl Standing {
     async fn ask_on(&self, live: &Live, request: Request) -> Result<Reply, Error> {
         let question = request.name();
         let after = self.shared.options.query_timeout;
-        match timeout(after, live.session.ask(request)).await {
+        let answer = async {
+            tokio::select! {
+                biased;
+                answer = live.session.ask(request) => answer,
+                given_up = self.given_up(live) => Err(given_up),
+            }
+        };
+        match timeout(after, answer).await {
             Ok(answer) => answer,
             Err(_) => Err(self.timed_out(live, question, after)),
         }
@@ -160,18 +185,32 @@ impl Standing {
         let question = requests.first().map_or("nothing", Request::name);
         let count = requests.len();
         let after = self.shared.options.batch_timeout;
-        match timeout(after, live.session.ask_many(requests)).await {
+        let answers = async {
+            tokio::select! {
+                biased;
+                answers = live.session.ask_many(requests) => answers,
+                given_up = self.given_up(live) => vec![Err(given_up); count],
+            }
+        };
+        match timeout(after, answers).await {
             Ok(answers) => answers,
             Err(_) => vec![Err(self.timed_out(live, question, after)); count],
         }
     }
 
+    /// Waits until this connection is no longer the one that questions go to.
+    async fn given_up(&self, live: &Live) -> Error {
+        let mut status = self.shared.status.subscribe();
+        let other = |status: &Status| !status.is(live);
+        // Without a sender there is nobody left who would ask.
+        let _ = status.wait_for(other).await;
+        Error::Lost("the connection was given up".into())
+    }
+
     /// Makes the error of a question that got no answer, and gives up a silent connection.
     fn timed_out(&self, live: &Live, question: &'static str, after: Duration) -> Error {
         let silent = live.session.silent_for() >= self.shared.options.query_timeout;
-        let current =
-            matches!(&*self.shared.status.borrow(), Status::Up(l) if l.number == live.number);
-        if silent && current {
+        if silent && self.shared.status.borrow().is(live) {
             self.shared.distrust.notify_waiters();
         }
         Error::TimedOut { question, after }
@@ -209,33 +248,43 @@ impl Drop for Standing {
     }
 }
 
+/// The cause that the operator was last warned of, so that it is told once.
+type Told = Option<Arc<str>>;
+
 /// Connects, waits for the loss, and connects again, for ever.
 async fn keep(shared: Arc<Shared>) {
     let mut backoff = Backoff::default();
     let mut number = 0;
+    let mut told = None;
     loop {
         let attempt = Session::open(&*shared.dial, Purpose::Lookup, &shared.options.session);
-        let next = match attempt.await {
+        let opened = tokio::select! {
+            biased;
+            () = shared.wake.notified() => continue,
+            opened = attempt => opened,
+        };
+        let next = match opened {
             Ok(session) => {
                 number += 1;
                 let session = Arc::new(session);
                 shared.up(&session, number);
+                told = None;
                 let up_at = Instant::now();
                 let cause = shared.loss(&session).await;
                 let next = backoff.lost(up_at.elapsed(), fastrand::f64());
-                shared.lost(&session, cause, next).await;
+                shared.lost(&session, cause, next, &mut told).await;
                 next
             }
             Err(error) => {
-                let next = backoff.failed(fastrand::f64());
-                shared.failed(error, next);
-                next
+                let pause = backoff.failed(fastrand::f64());
+                shared.failed(error, pause, &mut told);
+                Next::After(pause)
             }
         };
         if let Next::After(pause) = next {
             tokio::select! {
                 () = sleep(pause) => {}
-                () = shared.wake.notified() => shared.connecting(),
+                () = shared.wake.notified() => {}
             }
         }
     }
@@ -257,55 +306,66 @@ impl Shared {
         let peer = session.peer();
         info!(upstream = %self.name, %peer, "connected");
         let session = session.clone();
-        self.status
-            .send_replace(Status::Up(Live { session, number }));
-        self.link.send_replace(Link::Up { peer: peer.into() });
+        let peer = peer.into();
+        self.change(Status::Up(Live { session, number }), Link::Up { peer });
     }
 
     /// Says first that the link is gone, and learns then from the carrier why.
-    async fn lost(&self, session: &Session, cause: Error, next: Next) {
+    async fn lost(&self, session: &Session, cause: Error, next: Next, told: &mut Told) {
+        self.connecting();
+        // What was given up has not ended, and will not say why.
+        let error = match session.is_closed() {
+            true => session.explain(cause).await,
+            false => cause,
+        };
         match next {
             Next::AtOnce => {
-                self.connecting();
-                let error = session.explain(cause).await;
                 warn!(upstream = %self.name, %error, "connection lost, connecting anew");
             }
-            Next::After(_) => {
-                self.connecting();
-                let error = session.explain(cause).await;
-                self.failed(error, next);
-            }
+            Next::After(pause) => self.failed(error, pause, told),
         }
     }
 
     fn connecting(&self) {
-        let since = Instant::now().into_std();
-        self.status.send_replace(Status::Connecting);
-        self.link.send_replace(Link::Connecting { since });
+        self.connecting_if(|_| true);
     }
 
-    fn failed(&self, error: Error, next: Next) {
-        let Next::After(retry_after) = next else {
-            return;
-        };
+    /// Goes over to connecting if the present state is such; tells whether it is.
+    fn connecting_if(&self, such: impl Fn(&Link) -> bool) -> bool {
+        let _changing = self.changing.lock();
+        let begins = such(&self.link.borrow());
+        if begins {
+            let since = Instant::now().into_std();
+            self.status.send_replace(Status::Connecting);
+            self.link.send_replace(Link::Connecting { since });
+        }
+        begins
+    }
+
+    fn change(&self, status: Status, link: Link) {
+        let _changing = self.changing.lock();
+        self.status.send_replace(status);
+        self.link.send_replace(link);
+    }
+
+    fn failed(&self, error: Error, retry_after: Duration, told: &mut Told) {
         let text: Arc<str> = match &error {
             Error::Down(text) | Error::Lost(text) => text.clone(),
             error => error.to_string().into(),
         };
-        let known = matches!(&*self.link.borrow(), Link::Down { error, .. } if *error == text);
-        if known {
+        if told.as_ref() == Some(&text) {
             debug!(upstream = %self.name, error = %text, ?retry_after, "still down");
         } else {
             warn!(upstream = %self.name, error = %text, "down, trying again in the background");
+            *told = Some(text.clone());
         }
         let status = match error {
             // What must be changed by hand is told as it is.
             Error::StoreDir(_) | Error::Protocol(_) => error,
             _ => Error::Down(text.clone()),
         };
-        self.status.send_replace(Status::Down(status));
         let error = text;
-        self.link.send_replace(Link::Down { error, retry_after });
+        self.change(Status::Down(status), Link::Down { error, retry_after });
     }
 }
 
@@ -319,3 +379,6 @@ impl Default for StandingOptions {
         }
     }
 }
+
+/// An attempt younger than this is not given up for another.
+const FRESH: Duration = Duration::from_secs(2);

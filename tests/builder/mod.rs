@@ -29,7 +29,8 @@ use muster::upstream::{Link, Upstream};
 
 /// A private store and the keys to log in to it.
 pub struct Builder {
-    folder: tempfile::TempDir,
+    folder: PathBuf,
+    _temporary: Option<tempfile::TempDir>,
     pub store_dir: StoreDir,
 }
 
@@ -48,8 +49,9 @@ pub struct Daemon {
 
 impl Builder {
     pub fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let path = |name: &str| folder.path().join(name);
+        let temporary = tempfile::tempdir().unwrap();
+        let folder = temporary.path().to_owned();
+        let path = |name: &str| folder.join(name);
         for name in ["home", "conf", "bin", "store"] {
             fs::create_dir(path(name)).unwrap();
         }
@@ -71,14 +73,28 @@ impl Builder {
         let user = fs::read_to_string(path("user.pub")).unwrap();
         fs::write(path("authorized_keys"), user).unwrap();
         let store_dir = StoreDir::new(path("store").to_str().unwrap()).unwrap();
-        let builder = Self { folder, store_dir };
+        let builder = Self {
+            folder,
+            _temporary: Some(temporary),
+            store_dir,
+        };
         builder.write_programs();
         builder.nix_store(&["--version"]);
         builder
     }
 
+    /// Takes a builder that another process made.
+    pub fn at(folder: PathBuf) -> Self {
+        let store_dir = StoreDir::new(folder.join("store").to_str().unwrap()).unwrap();
+        Self {
+            folder,
+            _temporary: None,
+            store_dir,
+        }
+    }
+
     pub fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
+        self.folder.join(name)
     }
 
     /// Adds a file of this content under this name.
@@ -88,7 +104,7 @@ impl Builder {
 
     /// Adds many files with one command.
     pub fn add_all(&self, files: &[(&str, &[u8])]) -> Vec<StorePath> {
-        let source = tempfile::tempdir_in(self.folder.path()).unwrap();
+        let source = tempfile::tempdir_in(&self.folder).unwrap();
         let mut arguments = vec!["--add".to_owned()];
         for (name, content) in files {
             let file = source.path().join(name);
@@ -264,7 +280,7 @@ impl Builder {
     }
 
     pub fn ssh(&self, target: SshTarget, connect_timeout: Duration) -> Ssh {
-        let runtime_dir = Arc::new(RuntimeDir::create(self.folder.path()).unwrap());
+        let runtime_dir = Arc::new(RuntimeDir::create(&self.folder).unwrap());
         let options = SshOptions {
             connect_timeout,
             ..SshOptions::default()
