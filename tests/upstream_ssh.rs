@@ -368,6 +368,29 @@ async fn roots_hold_for_two_lifetimes_and_no_longer() {
 }
 
 #[tokio::test]
+async fn roots_survive_the_loss_of_their_connection() {
+    let builder = Builder::new();
+    let kept = builder.add("kept", b"kept");
+    let sshd = builder.sshd("");
+    let upstream = builder.over_ssh(builder.target(sshd.port), quick());
+    assert!(upstream.keep(&kept).await.unwrap());
+    sshd.kill_sessions();
+    wait_for_async(|| sshd.sessions().len() >= 2).await;
+    sleep(Duration::from_secs(1)).await;
+    builder.collect_garbage();
+    assert!(has(&upstream, &kept).await);
+    assert!(upstream.keep(&kept).await.unwrap());
+}
+
+async fn wait_for_async(ready: impl Fn() -> bool) {
+    let begun = Instant::now();
+    while !ready() {
+        assert!(begun.elapsed().as_secs() < 10);
+        sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test]
 async fn another_store_directory_is_an_error_of_its_own() {
     let mut builder = Builder::new();
     let path = builder.add("file", b"content");

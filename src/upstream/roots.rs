@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tracing::debug;
 
 use super::Error;
@@ -113,12 +113,7 @@ impl Shared {
                 }
                 Ok(valid)
             }
-            (Some(Err(error)), _) | (_, Some(Err(error))) => {
-                if session.is_closed() {
-                    self.generations().lose(ours);
-                }
-                Err(session.explain(error).await)
-            }
+            (Some(Err(error)), _) | (_, Some(Err(error))) => Err(session.explain(error).await),
             _ => Err(Error::Protocol("another answer than asked for".into())),
         }
     }
@@ -141,6 +136,20 @@ impl Shared {
         Ok(session)
     }
 
+    /// Roots anew what a lost connection held. What is gone meanwhile does not matter.
+    async fn adopt(&self, session: &Arc<Session>) {
+        let orphans = self.generations().take_orphans();
+        let requests = orphans.iter().cloned().map(Request::AddTempRoot).collect();
+        let answers = timeout(self.options.query_timeout, session.ask_many(requests)).await;
+        let rooted = answers.map_or(0, |answers| answers.iter().filter(|a| a.is_ok()).count());
+        debug!(upstream = %self.name, paths = orphans.len(), rooted, "rooted anew");
+        let ours = |other: &Arc<Session>| Arc::ptr_eq(other, session);
+        let mut generations = self.generations();
+        for path in orphans {
+            generations.note(ours, path);
+        }
+    }
+
     fn current(&self) -> Option<Arc<Session>> {
         let mut generations = self.generations();
         generations.lose(|session| session.is_closed());
@@ -149,20 +158,40 @@ impl Shared {
     }
 }
 
-/// Lets generations end in time, also when nothing is asked.
+/// Lets generations end in time, also when nothing is asked, and makes good the loss of one.
 async fn keep(shared: Arc<Shared>) {
     loop {
-        let next = {
-            let mut generations = shared.generations();
-            generations.advance(Instant::now().into_std());
-            generations.next_change()
+        let current = shared.current();
+        let (next, orphans) = {
+            let generations = shared.generations();
+            (generations.next_change(), generations.has_orphans())
         };
-        match next {
-            None => shared.began.notified().await,
-            Some(at) => tokio::select! {
-                () = sleep_until(at.into()) => {}
-                () = shared.began.notified() => {}
-            },
+        if orphans {
+            match shared.session().await {
+                Ok(session) => shared.adopt(&session).await,
+                Err(error) => {
+                    debug!(upstream = %shared.name, %error, "cannot root anew what was lost");
+                    sleep(AGAIN_AFTER).await;
+                }
+            }
+            continue;
+        }
+        let lost = async {
+            match &current {
+                Some(session) => session.closed().await,
+                None => std::future::pending().await,
+            }
+        };
+        let ended = async {
+            match next {
+                Some(at) => sleep_until(at.into()).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            _ = lost => {}
+            () = ended => {}
+            () = shared.began.notified() => {}
         }
     }
 }
@@ -177,3 +206,6 @@ impl Default for RootsOptions {
         }
     }
 }
+
+/// Pause between two attempts to root anew.
+const AGAIN_AFTER: Duration = Duration::from_secs(15);

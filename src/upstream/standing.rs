@@ -382,3 +382,6 @@ impl Default for StandingOptions {
 
 /// An attempt younger than this is not given up for another.
 const FRESH: Duration = Duration::from_secs(2);
+
+#[cfg(test)]
+mod tests;
