@@ -5,6 +5,7 @@
 //! path_infos(…)     QueryPathInfo, pipelined                 look-up connection
 //! nar(info)         NarFromPath                              sessions of their own (pool)
 //! keep(path)        AddTempRoot, IsValidPath                 connections of their own (roots)
+//! realisation(id)   QueryRealisation                         look-up connection, once tried
 //! build_log(drv)    a file, or nix-store --read-log          a connection of its own (build_log)
 //! ```
 
@@ -17,6 +18,7 @@ use tokio::task::JoinHandle;
 
 use super::build_log::{BuildLogs, LogOptions};
 use super::pool::{Pool, PoolOptions};
+use super::realisations::Realisations;
 use super::roots::{Roots, RootsOptions};
 use super::standing::{Standing, StandingOptions};
 use super::wire::Dial;
@@ -35,6 +37,7 @@ pub struct WorkerUpstream {
     standing: Standing,
     pool: Arc<Pool>,
     roots: Roots,
+    realisations: Realisations,
     logs: BuildLogs,
     log_options: LogOptions,
     // Warms the pool; aborted when the upstream is dropped.
@@ -84,11 +87,20 @@ impl WorkerUpstream {
             logs,
             store_dir,
         } = setup;
+        let session = options.standing.session.clone();
+        let query_timeout = options.standing.query_timeout;
         let standing = Standing::start(name.clone(), dial.clone(), options.standing);
         let pool = Arc::new(Pool::new(name.clone(), dial.clone(), options.pool));
         Self {
             warmer: tokio::spawn(warm(standing.link(), pool.clone())),
-            roots: Roots::new(name.clone(), dial, options.roots),
+            roots: Roots::new(name.clone(), dial.clone(), options.roots),
+            realisations: Realisations::new(
+                name.clone(),
+                dial,
+                session,
+                query_timeout,
+                standing.link(),
+            ),
             log_options: options.logs,
             name,
             store_dir,
@@ -168,7 +180,7 @@ impl Upstream for WorkerUpstream {
 
     async fn realisation(&self, id: &DrvOutput) -> Result<Option<Realisation>, Error> {
         let question = Request::QueryRealisation(id.clone());
-        match known(self.standing.ask(question).await)? {
+        match self.realisations.ask(&self.standing, question).await? {
             None => Ok(None),
             Some(Reply::Realisation(found)) => Ok(found),
             Some(_) => Err(unasked()),
@@ -177,7 +189,7 @@ impl Upstream for WorkerUpstream {
 
     async fn build_trace(&self, key: &BuildTraceKey) -> Result<Option<BuildTraceEntry>, Error> {
         let question = Request::QueryBuildTrace(key.clone());
-        match known(self.standing.ask(question).await)? {
+        match self.realisations.ask(&self.standing, question).await? {
             None => Ok(None),
             Some(Reply::BuildTrace(found)) => Ok(found),
             Some(_) => Err(unasked()),
@@ -194,16 +206,6 @@ async fn warm(mut link: watch::Receiver<Link>, pool: Arc<Pool>) {
         if link.changed().await.is_err() {
             return;
         }
-    }
-}
-
-/// Reads "the feature is off" and "this daemon is too old" as "there is none".
-fn known(answer: Result<Reply, Error>) -> Result<Option<Reply>, Error> {
-    match answer {
-        Ok(reply) => Ok(Some(reply)),
-        Err(Error::Unsupported(_)) => Ok(None),
-        Err(Error::Remote(text)) if text.contains("ca-derivations") => Ok(None),
-        Err(error) => Err(error),
     }
 }
 
