@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tracing::debug;
 
 use super::Error;
@@ -130,12 +130,7 @@ impl Shared {
                 }
                 Ok(valid)
             }
-            (Some(Err(error)), _) | (_, Some(Err(error))) => {
-                if session.is_closed() {
-                    self.generations().lose(ours);
-                }
-                Err(session.explain(error).await)
-            }
+            (Some(Err(error)), _) | (_, Some(Err(error))) => Err(session.explain(error).await),
             _ => Err(Error::Protocol("another answer than asked for".into())),
         }
     }
@@ -191,6 +186,20 @@ impl Shared {
         self.spare.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Roots anew what a lost connection held. What is gone meanwhile does not matter.
+    async fn adopt(&self, session: &Arc<Session>) {
+        let orphans = self.generations().take_orphans();
+        let requests = orphans.iter().cloned().map(Request::AddTempRoot).collect();
+        let answers = timeout(self.options.query_timeout, session.ask_many(requests)).await;
+        let rooted = answers.map_or(0, |answers| answers.iter().filter(|a| a.is_ok()).count());
+        debug!(upstream = %self.name, paths = orphans.len(), rooted, "rooted anew");
+        let ours = |other: &Arc<Session>| Arc::ptr_eq(other, session);
+        let mut generations = self.generations();
+        for path in orphans {
+            generations.note(ours, path);
+        }
+    }
+
     fn current(&self) -> Option<Arc<Session>> {
         let mut generations = self.generations();
         generations.lose(|session| session.is_closed());
@@ -199,22 +208,42 @@ impl Shared {
     }
 }
 
-/// Lets generations end in time, also when nothing is asked, and keeps a session ready.
+/// Lets generations end in time, also when nothing is asked, makes good the loss of one, and keeps a
+/// session ready for the next.
 async fn keep(shared: Arc<Shared>) {
     loop {
-        let prepared = shared.prepare().await;
-        let next = {
-            let mut generations = shared.generations();
-            generations.advance(Instant::now().into_std());
-            generations.next_change().map(Instant::from)
+        let current = shared.current();
+        let (next, orphans) = {
+            let generations = shared.generations();
+            (generations.next_change(), generations.has_orphans())
         };
-        let retry = (!prepared).then(|| Instant::now() + RETRY);
-        match next.into_iter().chain(retry).min() {
-            None => shared.changed.notified().await,
-            Some(at) => tokio::select! {
-                () = sleep_until(at) => {}
-                () = shared.changed.notified() => {}
-            },
+        if orphans {
+            match shared.session().await {
+                Ok(session) => shared.adopt(&session).await,
+                Err(error) => {
+                    debug!(upstream = %shared.name, %error, "cannot root anew what was lost");
+                    sleep(AGAIN_AFTER).await;
+                }
+            }
+            continue;
+        }
+        let retry = (!shared.prepare().await).then(|| Instant::now() + AGAIN_AFTER);
+        let lost = async {
+            match &current {
+                Some(session) => session.closed().await,
+                None => std::future::pending().await,
+            }
+        };
+        let due = async {
+            match next.map(Instant::from).into_iter().chain(retry).min() {
+                Some(at) => sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            _ = lost => {}
+            () = due => {}
+            () = shared.changed.notified() => {}
         }
     }
 }
@@ -230,5 +259,5 @@ impl Default for RootsOptions {
     }
 }
 
-/// Pause before a spare session is tried again.
-const RETRY: Duration = Duration::from_secs(10);
+/// Pause between two attempts to root anew, or to keep a session ready.
+const AGAIN_AFTER: Duration = Duration::from_secs(15);
