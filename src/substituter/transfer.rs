@@ -266,7 +266,8 @@ impl Source {
                 Ok(None) => {
                     let upstream = member.upstream.name();
                     debug!(upstream, path = %self.info.path, "the path is gone");
-                    self.shared.forget_holder(self.info.path.hash(), member.id);
+                    self.shared
+                        .forget_holder(self.info.path.hash(), self.info.nar_hash, member.id);
                 }
                 Err(error) => self.broke(&member, 0, &error),
             }
@@ -420,7 +421,7 @@ fn corrupt(shared: &Shared, info: &PathInfo, member: &Member, cause: &str) {
     shared.counters.nar_corrupt.increment();
     member.refused.fetch_add(1, Ordering::Relaxed);
     shared.corrupt.insert((info.path.hash(), member.id), ());
-    shared.forget_holder(info.path.hash(), member.id);
+    shared.forget_holder(info.path.hash(), info.nar_hash, member.id);
     let upstream = member.upstream.name();
     warn!(upstream, path = %info.path, cause, "NAR does not fit its narinfo, nothing of it is kept");
 }
