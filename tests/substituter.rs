@@ -444,4 +444,7 @@ async fn an_upstream_that_is_ourselves_is_found_out() {
     assert!(substituter.setup().members[0].is_ourselves());
     let (info, _) = path(1, 1, &[]);
     assert!(!found(&substituter, &info).await);
+    // What we would have told ourselves is no lack of knowledge.
+    assert_eq!(substituter.counters().narinfo_absent.value(), 1);
+    assert_eq!(substituter.counters().narinfo_absent_unsure.value(), 0);
 }
