@@ -17,8 +17,10 @@ pub mod member;
 pub mod nar_url;
 pub mod publish;
 mod query;
+mod relay;
 mod report;
 mod shared;
+mod source;
 pub mod tasks;
 pub mod transfer;
 

@@ -145,32 +145,6 @@ fn note_late_answers(shared: &Arc<Shared>, mut answers: Answers, entry: &Arc<Ent
     });
 }
 
-/// Finds who has the NAR that `nar_hash` names among those not yet `tried`.
-pub(super) async fn further_holders(
-    shared: &Arc<Shared>,
-    hash: StorePathHash,
-    tried: &[crate::cache::memory::UpstreamId],
-    mut accept: impl FnMut(Arc<Member>, crate::nix::path_info::Verified) -> bool,
-) {
-    let setup = shared.setup();
-    let mut asked: FuturesUnordered<_> = setup
-        .members
-        .iter()
-        .filter(|member| !tried.contains(&member.id) && !member.is_sick())
-        .map(|member| {
-            let setup = &setup;
-            async move { (member, member.path_info(hash, setup.store_dir()).await) }
-        })
-        .collect();
-    while let Some((member, answer)) = asked.next().await {
-        if let Answer::Found(verified) = answer
-            && accept(Arc::clone(member), verified)
-        {
-            return;
-        }
-    }
-}
-
 /// Asks again in the background, once at a time for each path.
 fn revalidate(shared: &Arc<Shared>, hash: StorePathHash, entry: &Arc<Entry>) {
     let mut under_way = shared.revalidating();
