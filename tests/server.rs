@@ -13,6 +13,7 @@ use muster::nix::path_info::Trust;
 use muster::nix::store_path::StoreDir;
 use muster::substituter::Substituter;
 use support::*;
+use tokio::time::timeout;
 
 fn narinfo_target(info: &muster::nix::path_info::PathInfo) -> String {
     format!("/{}.narinfo", info.path.hash())
@@ -181,6 +182,63 @@ async fn a_transfer_outlives_its_builder() {
             assert!(body == nar[..], "{script:?}");
             assert_eq!(b.nars.load(Ordering::Relaxed), 1);
         }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn neither_a_holder_that_is_slow_to_begin_nor_one_that_does_not_tell_holds_a_nar_up() {
+    for size in [1000, 5 << 20] {
+        let (a, b, c) = (Scripted::new("a"), Scripted::new("b"), Scripted::new("c"));
+        let (info, nar) = path(1, size, &[]);
+        a.add(&info, &nar);
+        *b.silent.lock().unwrap() = true;
+        let upstreams = [Arc::clone(&a), b, Arc::clone(&c)];
+        let served = serve(substituter(&upstreams)).await;
+        let target = nar_target(&get(served.address, &narinfo_target(&info)).await);
+        c.add(&info, &nar);
+        *a.delay.lock().unwrap() = Duration::from_secs(60);
+        let asked = Instant::now();
+        assert_eq!(get(served.address, &target).await.body, nar);
+        assert!(asked.elapsed() < Duration::from_secs(3));
+        // And one that was passed over is waited for when nobody else is left.
+        c.remove(&info);
+        *a.delay.lock().unwrap() = Duration::from_secs(1);
+        assert_eq!(get(served.address, &target).await.body, nar);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_holder_that_gives_all_and_does_not_end_has_given_all() {
+    let a = Scripted::new("a");
+    let (info, nar) = path(1, 5 << 20, &[]);
+    a.add(&info, &nar);
+    let served = serve(substituter(std::slice::from_ref(&a))).await;
+    let target = nar_target(&get(served.address, &narinfo_target(&info)).await);
+    *a.nar_script.lock().unwrap() = NarScript::StallAt(nar.len());
+    let answer = timeout(Duration::from_secs(5), get(served.address, &target)).await;
+    assert_eq!(answer.unwrap().body, nar);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wrong_bytes_are_counted_against_those_who_gave_them() {
+    for size in [200_000, 5 << 20] {
+        let (a, b) = (Scripted::new("a"), Scripted::new("b"));
+        let (info, nar) = path(1, size, &[]);
+        a.add(&info, &nar);
+        b.add(&info, &nar);
+        *b.delay.lock().unwrap() = Duration::from_millis(20);
+        *a.nar_script.lock().unwrap() = NarScript::FlipFirstBreakAt(100_000);
+        let substituter = substituter(&[a, b]);
+        let served = serve(substituter.clone()).await;
+        let target = nar_target(&get(served.address, &narinfo_target(&info)).await);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let first = get(served.address, &target).await;
+        // The first bytes of a large one are the client's already.
+        assert_eq!(first.cut, size > 1 << 20);
+        assert_eq!(get(served.address, &target).await.body, nar);
+        let setup = substituter.setup();
+        let refused = |place: usize| setup.members[place].refused.load(Ordering::Relaxed);
+        assert_eq!((refused(0), refused(1)), (1, 0), "{size}");
     }
 }
 

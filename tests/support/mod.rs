@@ -39,6 +39,8 @@ pub enum NarScript {
     StallAt(usize),
     /// Gives it with its last byte flipped.
     FlipLast,
+    /// Gives the first bytes, the very first one flipped, and then an error.
+    FlipFirstBreakAt(usize),
     /// Says that it is gone.
     Gone,
 }
@@ -177,6 +179,13 @@ impl Upstream for Scripted {
             NarScript::StallAt(at) => {
                 let items = chunks(&nar[..at.min(nar.len())]);
                 Some(stream::iter(items).chain(stream::pending()).boxed())
+            }
+            NarScript::FlipFirstBreakAt(at) => {
+                let mut bytes = nar[..at.min(nar.len())].to_vec();
+                bytes[0] ^= 1;
+                let mut items = chunks(&bytes);
+                items.push(Err(broken()));
+                Some(stream::iter(items).boxed())
             }
             NarScript::FlipLast => {
                 let mut bytes = nar.to_vec();
