@@ -82,7 +82,12 @@ async fn run(config: Config, load: &dyn Fn() -> anyhow::Result<Config>) -> anyho
                     Ok((config, setup))
                 }) {
                     Ok((config, setup)) => {
-                        tell_info.send_replace(server_info(&config));
+                        let changed = server_info(&config);
+                        if changed.public_keys != tell_info.borrow().public_keys {
+                            let keys = setup.publisher.public_keys();
+                            info!(%keys, "signing with other keys, which clients must trust");
+                        }
+                        tell_info.send_replace(changed);
                         info!(upstreams = setup.members.len(), "configuration read anew");
                         substituter.replace(setup);
                     }

@@ -24,6 +24,12 @@ pub struct Publisher {
 }
 
 impl Publisher {
+    /// Lists the public keys as `trusted-public-keys` of nix.conf takes them.
+    pub fn public_keys(&self) -> String {
+        let keys = self.keys.iter().map(|key| key.public().to_string());
+        keys.collect::<Vec<_>>().join(" ")
+    }
+
     /// Writes the signed text of a narinfo.
     ///
     /// What rests on its content address alone is offered without our signature: the client
