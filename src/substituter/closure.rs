@@ -120,7 +120,7 @@ impl Walk {
             let Answer::Found(info) = self.member.verify(claim, setup.store_dir()) else {
                 continue;
             };
-            let entry = self.shared.commit(&setup, &self.member, &info, now());
+            let entry = self.shared.commit(&self.member, &info, now());
             self.shared.counters.narinfo_prefetched.increment();
             landing.land(Some(entry));
             next.extend(self.unknown(&info.references));

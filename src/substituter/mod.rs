@@ -145,16 +145,25 @@ impl Substituter {
         Some(verified.sign(&setup.publisher.keys))
     }
 
-    /// Takes new upstreams and keys; what was known through the old ones is forgotten.
+    /// Takes new upstreams and keys.
+    ///
+    /// What was found stays where the same keys sign and all upstreams stay, since it may be all
+    /// that is known of a sick one; otherwise it is forgotten, and "not there" in any case.
     pub fn replace(&self, setup: Setup) {
         let mut current = self
             .shared
             .setup
             .write()
             .unwrap_or_else(PoisonError::into_inner);
+        let stays = |member: &Arc<Member>| setup.member(member.id).is_some();
+        let only_more =
+            current.publisher.publishes_as(&setup.publisher) && current.members.iter().all(stays);
         *current = Arc::new(setup);
-        drop(current);
-        self.shared.cache.clear();
+        if only_more {
+            self.shared.cache.clear_absent();
+        } else {
+            self.shared.cache.clear();
+        }
     }
 
     /// Returns who is asked and who signs.

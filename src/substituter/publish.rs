@@ -30,6 +30,14 @@ impl Publisher {
         keys.collect::<Vec<_>>().join(" ")
     }
 
+    /// Tells whether the other one writes the same texts.
+    pub fn publishes_as(&self, other: &Self) -> bool {
+        let key = |key: &SecretKey| key.public().to_string();
+        self.keys.iter().map(key).eq(other.keys.iter().map(key))
+            && self.store_dir == other.store_dir
+            && self.encoding == other.encoding
+    }
+
     /// Writes the signed text of a narinfo.
     ///
     /// What rests on its content address alone is offered without our signature: the client

@@ -57,7 +57,7 @@ async fn ask_all(shared: Arc<Shared>, hash: StorePathHash) -> Option<Arc<Entry>>
         match answer {
             Answer::Found(verified) => {
                 shared.counters.narinfo_found.increment();
-                let entry = shared.commit(&setup, &member, &verified, now());
+                let entry = shared.commit(&member, &verified, now());
                 note_late_answers(&shared, asked, &entry);
                 closure::follow(&shared, &member, &verified);
                 return Some(entry);
@@ -176,13 +176,13 @@ async fn ask_again(shared: &Arc<Shared>, hash: StorePathHash, entry: &Arc<Entry>
     let now = now();
     let mut same = same.into_iter();
     if let Some((member, info)) = same.next() {
-        let fresh = shared.recommit(&setup, &member, &info, now);
+        let fresh = shared.recommit(&member, &info, now);
         same.for_each(|(member, _)| fresh.add_holder(member.id));
     } else if !complete {
         // Nobody contradicts it: believed for another while, from what was known.
         shared.extend(hash, entry, now);
     } else if let Some((member, info)) = other {
-        shared.recommit(&setup, &member, &info, now);
+        shared.recommit(&member, &info, now);
     } else {
         shared.cache.remove(hash);
     }

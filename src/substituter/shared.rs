@@ -24,7 +24,7 @@ use super::{Options, Setup, now};
 /// Everything that handles, flights and background tasks share.
 pub(super) struct Shared {
     pub(super) options: Options,
-    // Never held over an await; read, cloned and let go.
+    // Never held over an await. The cache's own locks are taken under it.
     pub(super) setup: RwLock<Arc<Setup>>,
     pub(super) cache: NarInfoCache,
     pub(super) flights: SingleFlight<StorePathHash, Option<Arc<Entry>>>,
@@ -73,19 +73,13 @@ impl Shared {
     }
 
     /// Publishes a checked path info and keeps it; the NAR that was chosen before is kept to.
-    pub(super) fn commit(
-        &self,
-        setup: &Setup,
-        member: &Member,
-        verified: &Verified,
-        now: Instant,
-    ) -> Arc<Entry> {
+    pub(super) fn commit(&self, member: &Member, verified: &Verified, now: Instant) -> Arc<Entry> {
         let hash = verified.path.hash();
         if let Lookup::Present(entry, Freshness::Fresh) = self.cache.get(hash, now) {
             self.note_holder(&entry, member, verified);
             return entry;
         }
-        self.recommit(setup, member, verified, now)
+        self.recommit(member, verified, now)
     }
 
     /// Records a late answer: one more holder, or one of different bytes.
@@ -110,21 +104,31 @@ impl Shared {
     }
 
     /// Publishes anew, in place of what was kept.
+    ///
+    /// An answer of an upstream that a reload took out is given to who asked, and not kept.
     pub(super) fn recommit(
         &self,
-        setup: &Setup,
         member: &Member,
         verified: &Verified,
         now: Instant,
     ) -> Arc<Entry> {
+        // Held until the entry is in: a reload then clears what was signed with the old keys.
+        let setup = self.setup.read().unwrap_or_else(PoisonError::into_inner);
         let text = setup.publisher.publish(verified);
         let entry = Arc::new(Entry::new(text, verified.nar_hash, member.id, now));
-        self.cache.commit(verified.path.hash(), Arc::clone(&entry));
+        if setup.member(member.id).is_some() {
+            self.cache.commit(verified.path.hash(), Arc::clone(&entry));
+        }
         entry
     }
 
     /// Believes what is known for another while.
-    pub(super) fn extend(&self, hash: StorePathHash, entry: &Entry, now: Instant) {
+    pub(super) fn extend(&self, hash: StorePathHash, entry: &Arc<Entry>, now: Instant) {
+        let _no_reload = self.setup.read().unwrap_or_else(PoisonError::into_inner);
+        match self.cache.get(hash, now) {
+            Lookup::Present(kept, _) if Arc::ptr_eq(&kept, entry) => {}
+            _ => return,
+        }
         let mut holders = entry.holders().into_iter();
         let Some(first) = holders.next() else {
             return;
