@@ -448,3 +448,60 @@ async fn an_upstream_that_is_ourselves_is_found_out() {
     assert_eq!(substituter.counters().narinfo_absent.value(), 1);
     assert_eq!(substituter.counters().narinfo_absent_unsure.value(), 0);
 }
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_under_way_over_a_reload_is_signed_with_the_new_key() {
+    let a = Scripted::new("a");
+    let (info, nar) = path(1, 100, &[]);
+    a.add(&info, &nar);
+    *a.delay.lock().unwrap() = Duration::from_secs(1);
+    let first = setup(&[a], &Trust::Operator, Encoding::None);
+    let member = Arc::clone(&first.members[0]);
+    let rotated = |mut setup: muster::substituter::Setup| {
+        let name = muster::nix::signature::KeyName::new("new-1").unwrap();
+        let new = muster::nix::signature::SecretKey::from_seed(name, &[8; 32].into());
+        setup.members = vec![Arc::clone(&member)];
+        setup.publisher.keys = vec![new];
+        setup
+    };
+    let second = rotated(setup(&[], &Trust::Operator, Encoding::None));
+    let substituter = Substituter::new(options(), first);
+    let reload = async {
+        sleep(Duration::from_millis(500)).await;
+        substituter.replace(second);
+    };
+    let (asked, ()) = tokio::join!(substituter.narinfo(info.path.hash()), reload);
+    for text in [asked, substituter.narinfo(info.path.hash()).await] {
+        let text = String::from_utf8(text.unwrap().to_vec()).unwrap();
+        assert!(
+            text.contains("Sig: new-1:") && !text.contains("Sig: test-1:"),
+            "{text}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_reload_that_adds_a_builder_keeps_what_is_known_of_a_sick_one() {
+    let (a, b) = (Scripted::new("a"), Scripted::new("b"));
+    let (info, nar) = path(1, 100, &[]);
+    let (other, other_nar) = path(2, 100, &[]);
+    a.add(&info, &nar);
+    b.add(&other, &other_nar);
+    let first = setup(&[Arc::clone(&a)], &Trust::Operator, Encoding::None);
+    let mut more = setup(&[Arc::clone(&a), b], &Trust::Operator, Encoding::None);
+    more.members[0] = Arc::clone(&first.members[0]);
+    let mut fewer = setup(&[], &Trust::Operator, Encoding::None);
+    fewer.members = vec![Arc::clone(&more.members[1])];
+    let substituter = Substituter::new(options(), first);
+    assert!(found(&substituter, &info).await);
+    assert!(!found(&substituter, &other).await);
+    a.down();
+    substituter.replace(more);
+    assert!(found(&substituter, &info).await);
+    assert!(
+        found(&substituter, &other).await,
+        "the old 404 is forgotten"
+    );
+    substituter.replace(fewer);
+    assert!(!found(&substituter, &info).await, "nobody vouches for it");
+}

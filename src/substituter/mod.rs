@@ -147,8 +147,7 @@ impl Substituter {
         Some(verified.sign(&setup.publisher.keys))
     }
 
-    /// Takes new upstreams and keys; what was known through the old ones is forgotten, and what
-    /// they answer yet is asked anew.
+    /// Takes new upstreams and keys; what the old ones answer yet is asked anew.
     pub fn replace(&self, setup: Setup) {
         self.shared.replace(setup);
     }

@@ -82,11 +82,21 @@ impl Shared {
         Arc::ptr_eq(&current, setup).then(keep)
     }
 
-    /// Takes new upstreams and keys, and forgets what was known through the old ones.
+    /// Takes new upstreams and keys.
+    ///
+    /// What was found stays where the same keys sign and all upstreams stay, since it may be all
+    /// that is known of a sick one; otherwise it is forgotten, and "not there" in any case.
     pub(super) fn replace(&self, setup: Setup) {
         let mut current = self.setup.write().unwrap_or_else(PoisonError::into_inner);
+        let stays = |member: &Arc<Member>| setup.member(member.id).is_some();
+        let only_more =
+            current.publisher.publishes_as(&setup.publisher) && current.members.iter().all(stays);
         *current = Arc::new(setup);
-        self.cache.clear();
+        if only_more {
+            self.cache.clear_absent();
+        } else {
+            self.cache.clear();
+        }
     }
 
     /// Publishes a checked path info and keeps it; the NAR that was chosen before is kept to.

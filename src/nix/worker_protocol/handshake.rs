@@ -26,11 +26,11 @@ pub enum HandshakeError {
     NotADaemon(String),
     /// The daemon is older than Nix 2.0.
     #[error(
-        "the nix-daemon speaks protocol {0}, which is too old: at least 1.18 (Nix 2.0) is needed"
+        "the nix-daemon speaks protocol {0}, which is too old: at least 1.18 (Nix 2.0) is needed; update Nix there"
     )]
     TooOld(Version),
     /// The daemon speaks another major version.
-    #[error("the nix-daemon speaks protocol {0}, only 1.x is understood")]
+    #[error("the nix-daemon speaks protocol {0}, only 1.x is understood; update muster")]
     TooNew(Version),
     /// The daemon refused us, in its own words.
     #[error("the nix-daemon refuses: {0}")]
