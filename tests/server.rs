@@ -13,6 +13,8 @@ use muster::nix::path_info::Trust;
 use muster::nix::store_path::StoreDir;
 use muster::substituter::Substituter;
 use support::*;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 fn narinfo_target(info: &muster::nix::path_info::PathInfo) -> String {
@@ -326,4 +328,110 @@ async fn told_to_stop_it_finishes_what_runs() {
             .await
             .is_err()
     );
+}
+
+/// Waits for something that must come soon.
+async fn soon(what: impl Fn() -> bool) {
+    let waited = async {
+        while !what() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(Duration::from_secs(3), waited).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_leaves_frees_the_builder_at_once() {
+    for (size, suffix) in [(1000, ""), (5 << 20, ""), (5 << 20, ".zst")] {
+        let a = Scripted::new("a");
+        let (info, nar) = path(1, size, &[]);
+        a.add(&info, &nar);
+        let mut options = options();
+        options.transfer.stall = Duration::from_secs(60);
+        options.transfer.stall_last = Duration::from_secs(60);
+        let setup = setup(std::slice::from_ref(&a), &Trust::Operator, Encoding::None);
+        let served = serve(Substituter::new(options, setup)).await;
+        let target = nar_target(&get(served.address, &narinfo_target(&info)).await);
+        *a.nar_script.lock().unwrap() = NarScript::StallAt(size - 1);
+        let target = format!("{target}{suffix}");
+        let running = get(served.address, &target);
+        assert!(timeout(Duration::from_millis(300), running).await.is_err());
+        assert_eq!(a.nars.load(Ordering::Relaxed), 1);
+        soon(|| a.nars_open.load(Ordering::Relaxed) == 0).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_takes_nothing_is_cut_and_an_idle_one_let_go() {
+    let a = Scripted::new("a");
+    let (info, nar) = path(1, 64 << 20, &[]);
+    a.add(&info, &nar);
+    let mut limits = server_options();
+    limits.idle = Duration::from_millis(300);
+    limits.write_stall = Duration::from_millis(300);
+    let (served, _) = serve_with(substituter(std::slice::from_ref(&a)), limits).await;
+    let target = nar_target(&get(served.address, &narinfo_target(&info)).await);
+
+    let mut slow = TcpStream::connect(served.address).await.unwrap();
+    let request = format!("GET {target} HTTP/1.1\r\nHost: x\r\n\r\n");
+    slow.write_all(request.as_bytes()).await.unwrap();
+    soon(|| a.nars_open.load(Ordering::Relaxed) == 1).await;
+    soon(|| a.nars_open.load(Ordering::Relaxed) == 0).await;
+
+    let mut idle = TcpStream::connect(served.address).await.unwrap();
+    let request = b"GET /public-key HTTP/1.1\r\nHost: x\r\n\r\n";
+    idle.write_all(request).await.unwrap();
+    let mut answer = Vec::new();
+    let read = idle.read_to_end(&mut answer);
+    timeout(Duration::from_secs(3), read)
+        .await
+        .unwrap()
+        .unwrap();
+    assert!(answer.starts_with(b"HTTP/1.1 200"));
+    assert!(!String::from_utf8(answer).unwrap().contains("408"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn too_many_connections_wait_on_whatever_address() {
+    let a = Scripted::new("a");
+    let (info, nar) = path(1, 1000, &[]);
+    a.add(&info, &nar);
+    *a.delay.lock().unwrap() = Duration::from_millis(200);
+    let mut limits = server_options();
+    limits.connections_max = 1;
+    let (served, second) = serve_with(substituter(&[a]), limits).await;
+    let target = narinfo_target(&info);
+    let asked = (0..6).map(|n| get([served.address, second][n % 2], &target));
+    let answers = futures_util::future::join_all(asked);
+    for answer in timeout(Duration::from_secs(5), answers).await.unwrap() {
+        assert_eq!(answer.status, 200);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_is_refused_before_it_was_read() {
+    let served = serve(substituter(&[])).await;
+    let mut stream = TcpStream::connect(served.address).await.unwrap();
+    let head = format!(
+        "PUT /nar/x HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n",
+        1_u64 << 40
+    );
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let mut answer = [0; 12];
+    let read = stream.read_exact(&mut answer);
+    timeout(Duration::from_secs(3), read)
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(&answer, b"HTTP/1.1 405");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_forms_in_which_proxies_ask() {
+    let served = serve(substituter(&[])).await;
+    let status = async |target: &str| get(served.address, target).await.status;
+    assert_eq!(status("http://cache.example/nix-cache-info").await, 200);
+    assert_eq!(status("/%6eix-cache-info").await, 200);
+    assert_eq!(status("/nix-cache-info?x=1").await, 200);
+    assert_eq!(status("http://cache.example/x").await, 404);
 }
