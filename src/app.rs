@@ -7,6 +7,7 @@
 //! ```
 
 mod announce;
+mod files;
 mod listeners;
 mod upstreams;
 
@@ -61,7 +62,7 @@ async fn run(config: Config, load: &dyn Fn() -> anyhow::Result<Config>) -> anyho
         opened.listeners,
         substituter.clone(),
         info,
-        server_options(&config),
+        server_options(&config, files::raise_limit()),
         stop,
     ));
     let caring = substituter.clone();
@@ -150,9 +151,16 @@ fn server_info(config: &Config) -> Info {
     }
 }
 
-fn server_options(config: &Config) -> server::Options {
+fn server_options(config: &Config, files_max: usize) -> server::Options {
+    let room = files_max.saturating_sub(OWN_FILES).max(OWN_FILES);
+    if config.max_connections > room {
+        warn!(
+            "the limit of open files is {files_max}, so {room} clients are served at once; raise it \
+             (ulimit -n, LimitNOFILE=) or lower max-connections"
+        );
+    }
     server::Options {
-        connections_max: config.max_connections,
+        connections_max: config.max_connections.min(room),
         idle: Duration::from_secs(90),
         write_stall: Duration::from_secs(300),
         stop: config.stop_timeout,
@@ -213,3 +221,6 @@ async fn watchdog() {
         tokio::time::sleep(interval / 2).await;
     }
 }
+
+/// Files that are not clients' connections: pipes to ssh, listeners, the runtime's own.
+const OWN_FILES: usize = 200;

@@ -435,3 +435,39 @@ async fn the_forms_in_which_proxies_ask() {
     assert_eq!(status("/nix-cache-info?x=1").await, 200);
     assert_eq!(status("http://cache.example/x").await, 404);
 }
+
+#[tokio::test]
+async fn three_hundred_clients_share_few_places() {
+    let upstream = Scripted::new("a");
+    let (info, nar) = path(1, 300_000, &[]);
+    upstream.add(&info, &nar);
+    let served = serve(substituter(&[upstream])).await;
+    let address = served.address;
+    let narinfo = get(address, &format!("/{}.narinfo", info.path.hash())).await;
+    let target = nar_target(&narinfo);
+    // As many as there are places, kept idle, as a Nix that builds for hours does.
+    let mut idle = Vec::new();
+    for _ in 0..64 {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        stream
+            .write_all(b"GET /nix-cache-info HTTP/1.1\r\nHost: x\r\n\r\n")
+            .await
+            .unwrap();
+        let mut first = [0; 12];
+        stream.read_exact(&mut first).await.unwrap();
+        assert_eq!(&first, b"HTTP/1.1 200");
+        idle.push(stream);
+    }
+    let clients = (0..300).map(|_| {
+        let target = target.clone();
+        tokio::spawn(async move { get(address, &target).await })
+    });
+    let clients: Vec<_> = clients.collect();
+    let started = Instant::now();
+    for client in clients {
+        let answer = client.await.unwrap();
+        assert_eq!((answer.status, answer.cut), (200, false));
+        assert_eq!(answer.body.len(), nar.len());
+    }
+    assert!(started.elapsed() < Duration::from_secs(20));
+}

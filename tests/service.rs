@@ -163,6 +163,29 @@ fn sockets_that_are_handed_in_are_served_and_others_are_not_opened() {
 }
 
 #[test]
+fn several_sockets_share_one_place() {
+    let dir = tempfile::tempdir().expect("make a folder");
+    let config = dir.path().join("muster.toml");
+    fs::write(&config, "max-connections = 1\n").expect("write a file");
+    let (a, b) = (
+        TcpListener::bind("127.0.0.1:0"),
+        TcpListener::bind("127.0.0.1:0"),
+    );
+    let (a, b) = (a.expect("bind"), b.expect("bind"));
+    let addresses = [&a, &b].map(|l| l.local_addr().expect("it is bound"));
+    let args = format!("--config {}", config.display());
+    let service = Service::start(vec![a.into(), b.into()], &args, &[]);
+    assert_eq!(service.hears(), ["READY=1"]);
+    for address in addresses.repeat(3) {
+        let stream = TcpStream::connect(address).expect("connect");
+        stream
+            .set_read_timeout(Some(Duration::from_secs(10)))
+            .expect("set a timeout");
+        assert!(ask(stream).starts_with("HTTP/1.1 200"));
+    }
+}
+
+#[test]
 fn a_restart_keeps_the_sockets_and_loses_no_client() {
     let tcp = TcpListener::bind("127.0.0.1:0").expect("bind");
     let address = tcp.local_addr().expect("it is bound");
