@@ -201,12 +201,12 @@ fn json_and_toml_say_the_same() {
     let toml = place.write(
         "a.toml",
         "listen = \"unix:/run/muster/socket\"\nmachines = false\npriority = 5\n\
-         upstreams = [\"ssh-ng://b1\", { uri = \"http://c\", name = \"c\", trusted = true }]\n",
+         upstreams = [\"ssh-ng://b1\", { uri = \"ssh://c\", name = \"c\", trusted = true }]\n",
     );
     let json = place.write(
         "b.json",
         "{ \"listen\": [\"unix:/run/muster/socket\"], \"machines\": false, \"priority\": 5, \"log\": null,\n\
-         \"upstreams\": [{ \"uri\": \"ssh-ng://b1\", \"name\": null }, { \"uri\": \"http://c\", \"name\": \"c\", \"trusted\": true }] }",
+         \"upstreams\": [{ \"uri\": \"ssh-ng://b1\", \"name\": null }, { \"uri\": \"ssh://c\", \"name\": \"c\", \"trusted\": true }] }",
     );
     let check = |file: &str| {
         let out = place.muster(&["check-config", file, "--json"]).ok();
@@ -254,8 +254,8 @@ fn what_a_configuration_means_is_said() {
     let file = place.write(
         "muster.toml",
         &format!(
-            "machines = \"{machines}\"\nlocal-daemon = true\nupstreams = [\"http://c?trusted-public-keys={public}\", \
-             \"ssh-ng://b3:22?remote-progam=x\", \"http://d\"]\n"
+            "machines = \"{machines}\"\nlocal-daemon = true\nupstreams = [\"ssh://c?trusted-public-keys={public}\", \
+             \"ssh-ng://b3:22?remote-progam=x\", \"d?trusted=false\", \"http://e\"]\n"
         ),
     );
     let ended = place.muster(&["check-config", &file]);
@@ -265,9 +265,11 @@ fn what_a_configuration_means_is_said() {
     );
     for words in [
         "listens on   127.0.0.1:5000\n",
-        "upstream     http://c  (named by the operator; must be signed by cache-1)\n",
+        "upstream     ssh://c  (named by the operator; must be signed by cache-1)\n",
         "upstream     ssh-ng://b3:22  (named by the operator; trusted)\n",
-        "upstream     http://d  (named by the operator; not trusted)\n",
+        "upstream     ssh://d  (named by the operator; not trusted)\n",
+        "warning      upstream ssh://d is not trusted",
+        "warning      upstream http://e (named by the operator) is left out: binary caches",
         &format!("upstream     ssh-ng://nix@b1  ({machines}:1; trusted)\n"),
         "upstream     daemon  (this machine's own daemon; trusted)\n",
         "signs with   a key to be made at the first start",

@@ -41,8 +41,8 @@ pub struct Args {
 
     /// Store to ask beside the builders of the machines file; may be repeated
     ///
-    /// ssh-ng://[USER@]HOST[:PORT], ssh://…, unix:///SOCKET, daemon, http(s)://…; what has no scheme is
-    /// a host for ssh. Parameters are Nix's: ssh-key, base64-ssh-public-host-key, remote-program,
+    /// ssh-ng://[USER@]HOST[:PORT], ssh://…, unix:///SOCKET or daemon; what has no scheme is a host for
+    /// ssh. Parameters are Nix's: ssh-key, base64-ssh-public-host-key, remote-program,
     /// remote-store, compress, trusted, trusted-public-keys.
     #[arg(
         long = "upstream",
@@ -176,8 +176,10 @@ Examples:
       Everything that the builders in /etc/nix/machines have, for this machine.
   muster serve --listen 0.0.0.0:5000 --no-machines
       This machine's own store, for others.
-  muster serve --upstream ssh-ng://nix@builder --upstream 'http://cache:5000?trusted-public-keys=…'
-      One more builder, and a cache whose signatures are checked.
+  muster serve --upstream 'ssh-ng://nix@builder?ssh-key=/root/.ssh/builder'
+      One more builder, with a key of its own.
+  muster serve --upstream 'ssh-ng://guest@other?trusted-public-keys=other-1:…'
+      A store whose paths must carry a signature by this key.
 
 Signals:
   SIGTERM, SIGINT   finish running transfers, for 30 seconds at most, and stop; twice: stop at once

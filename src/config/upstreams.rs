@@ -134,6 +134,9 @@ impl Upstreams {
         file: Option<&ConfigFile>,
     ) -> Result<(), Error> {
         let mut upstream = upstream(table.uri.0, Source::Named, defaults, environment);
+        if self.leaves_out(&upstream) {
+            return Ok(());
+        }
         if self.has(&upstream.uri) {
             let name = upstream.uri.name();
             self.warnings
@@ -188,9 +191,35 @@ impl Upstreams {
                 line: place.line,
             });
         let mut upstream = upstream(builder.uri, source, defaults, environment);
+        if self.leaves_out(&upstream) {
+            return;
+        }
         upstream.systems = builder.systems;
         self.warn_about(&upstream);
         self.list.push(upstream);
+    }
+
+    /// Leaves out what cannot be asked, and says so: the others serve.
+    fn leaves_out(&mut self, upstream: &Upstream) -> bool {
+        let reason = match upstream.uri.kind() {
+            StoreKind::Daemon
+            | StoreKind::Unix(_)
+            | StoreKind::Local(None)
+            | StoreKind::Ssh(_)
+            | StoreKind::SshNg(_) => return false,
+            StoreKind::Http(..) | StoreKind::Https(..) | StoreKind::File(_) => {
+                "binary caches cannot be asked yet; list it in nix.conf beside muster"
+            }
+            StoreKind::Local(Some(_)) => {
+                "a store without a daemon cannot be asked; run a nix-daemon for it, and name its \
+                 socket as unix:///path"
+            }
+            StoreKind::Unsupported(_) => "this kind of store cannot be asked",
+        };
+        let Upstream { name, source, .. } = upstream;
+        self.warnings
+            .push(format!("upstream {name} ({source}) is left out: {reason}"));
+        true
     }
 
     fn warn_about(&mut self, upstream: &Upstream) {

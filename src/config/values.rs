@@ -76,8 +76,7 @@ impl FromText for StoreUri {
         let uri = Self::parse(text).map_err(|error| error.to_string())?;
         match uri.kind() {
             StoreKind::Unsupported(scheme) => Err(format!(
-                "{scheme:?} is no kind of store that can be asked; ssh-ng, ssh, http, https, unix, \
-                 file, daemon and local are"
+                "{scheme:?} is no kind of store that can be asked; ssh-ng, ssh, unix and daemon are"
             )),
             _ => Ok(uri),
         }

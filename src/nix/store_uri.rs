@@ -176,7 +176,7 @@ impl StoreUri {
     pub fn id(&self) -> StoreId {
         let remote = self.settings.remote_store.as_deref().unwrap_or_default();
         StoreId(match &self.kind {
-            StoreKind::Daemon => "daemon".to_owned(),
+            StoreKind::Daemon | StoreKind::Local(None) => "daemon".to_owned(),
             StoreKind::Unix(path) if path == DAEMON_SOCKET => "daemon".to_owned(),
             StoreKind::Ssh(authority) | StoreKind::SshNg(authority) => {
                 let host = authority.host().to_string().to_ascii_lowercase();
@@ -400,7 +400,7 @@ mod tests {
                 "unix:///run/a%20b",
                 "unix:///run/a%20b",
             ),
-            ("local", "local", "local"),
+            ("local", "local", "daemon"),
             ("local?root=/mnt", "/mnt", "/mnt"),
             ("/mnt", "/mnt", "/mnt"),
             ("local:///mnt", "/mnt", "/mnt"),

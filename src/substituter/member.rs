@@ -123,12 +123,12 @@ impl Member {
         }
     }
 
-    /// Asks for a path, for as long as the upstream is not sick.
+    /// Asks for a path that a client wants, for as long as the upstream is not sick.
     ///
     /// Dropped, the question is abandoned.
     pub async fn path_info(&self, hash: StorePathHash, store_dir: &StoreDir) -> Answer {
         let answer = tokio::select! {
-            answer = self.upstream.path_info(hash) => answer,
+            answer = self.upstream.kept_path_info(hash) => answer,
             () = self.sickness() => {
                 debug!(upstream = self.upstream.name(), path.hash = %hash, "not waited for");
                 return Answer::Unknown;

@@ -63,6 +63,16 @@ pub trait Upstream: Send + Sync + 'static {
     /// Asks for the path with this hash part.
     async fn path_info(&self, hash: StorePathHash) -> Result<Option<PathInfo>, Error>;
 
+    /// Asks for a path that is about to be promised to a client, and keeps it as [`keep`] does.
+    ///
+    /// The answer counts from after the keeping, so the path cannot go in between. A store that
+    /// cannot keep it within a moment answers all the same.
+    ///
+    /// [`keep`]: Upstream::keep
+    async fn kept_path_info(&self, hash: StorePathHash) -> Result<Option<PathInfo>, Error> {
+        self.path_info(hash).await
+    }
+
     /// Asks for many paths at once; the answers have the order of the questions.
     ///
     /// An error of one question fails it alone; when the connection breaks, the rest fails too.

@@ -3,12 +3,13 @@
 //! Temporary roots live as long as their connection, so they have connections of their own, opened
 //! at the first path and closed when nothing is held any more. See `generations`.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until, timeout};
 use tracing::debug;
 
 use super::Error;
@@ -44,10 +45,15 @@ struct Shared {
     options: RootsOptions,
     // Never held over an await; no other lock is taken under it.
     generations: Mutex<Generations<Arc<Session>>>,
+    /// A session for the next generation, so that nobody waits for its login.
+    // Never held over an await; no other lock is taken under it.
+    spare: Mutex<Option<Arc<Session>>>,
+    /// Whether a spare session is wanted.
+    warm: AtomicBool,
     /// Held while a session opens, so that one does for all who wait.
     opening: tokio::sync::Mutex<()>,
-    /// Tells the keeper that a generation began.
-    began: Notify,
+    /// Tells the keeper that a generation began, or whether a spare is wanted.
+    changed: Notify,
 }
 
 impl Roots {
@@ -57,12 +63,23 @@ impl Roots {
             name,
             dial,
             generations: Mutex::new(Generations::new(options.lifetime, options.roots_max)),
+            spare: Mutex::default(),
+            warm: AtomicBool::new(false),
             opening: tokio::sync::Mutex::default(),
-            began: Notify::new(),
+            changed: Notify::new(),
             options,
         });
         let keeper = tokio::spawn(keep(shared.clone()));
         Self { shared, keeper }
+    }
+
+    /// Keeps a session ready for the next generation, or does not any more.
+    pub fn warm(&self, warm: bool) {
+        self.shared.warm.store(warm, Ordering::Relaxed);
+        if !warm {
+            self.shared.spare().take();
+        }
+        self.shared.changed.notify_one();
     }
 
     /// Roots a path and asks then whether it is there; `false`: it is gone.
@@ -127,27 +144,82 @@ impl Shared {
         if let Some(session) = self.current() {
             return Ok(session);
         }
-        let session = Session::open(&*self.dial, Purpose::Roots, &self.options.session).await?;
-        debug!(upstream = %self.name, "opened a session for roots");
-        let session = Arc::new(session);
+        let ready = self.spare().take().filter(|spare| !spare.is_closed());
+        let session = match ready {
+            Some(spare) => spare,
+            None => self.open().await?,
+        };
         let now = Instant::now().into_std();
         self.generations().begin(session.clone(), now);
-        self.began.notify_one();
+        self.changed.notify_one();
         Ok(session)
     }
 
-    /// Roots anew what a lost connection held. What is gone meanwhile does not matter.
-    async fn adopt(&self, session: &Arc<Session>) {
+    async fn open(&self) -> Result<Arc<Session>, Error> {
+        let session = Session::open(&*self.dial, Purpose::Roots, &self.options.session).await?;
+        debug!(upstream = %self.name, "opened a session for roots");
+        Ok(Arc::new(session))
+    }
+
+    /// Roots anew what a lost connection held; `false` when that failed.
+    async fn adopt(&self) -> bool {
+        if !self.generations().has_orphans() {
+            return true;
+        }
+        let session = match self.session().await {
+            Ok(session) => session,
+            Err(error) => {
+                debug!(upstream = %self.name, %error, "cannot root anew what was lost");
+                return false;
+            }
+        };
+        // What is gone meanwhile does not matter; if this connection is lost too, they are
+        // orphans again.
         let orphans = self.generations().take_orphans();
         let requests = orphans.iter().cloned().map(Request::AddTempRoot).collect();
         let answers = timeout(self.options.query_timeout, session.ask_many(requests)).await;
         let rooted = answers.map_or(0, |answers| answers.iter().filter(|a| a.is_ok()).count());
         debug!(upstream = %self.name, paths = orphans.len(), rooted, "rooted anew");
-        let ours = |other: &Arc<Session>| Arc::ptr_eq(other, session);
         let mut generations = self.generations();
         for path in orphans {
-            generations.note(ours, path);
+            generations.note(|other| Arc::ptr_eq(other, &session), path);
         }
+        true
+    }
+
+    /// Opens a spare session where one will soon be of use; `false` when that failed.
+    async fn prepare(&self) -> bool {
+        let ready = self
+            .spare()
+            .as_ref()
+            .is_some_and(|spare| !spare.is_closed());
+        let soon = self
+            .spare_at()
+            .is_none_or(|at| at <= Instant::now().into_std());
+        if ready || !soon || !self.warm.load(Ordering::Relaxed) {
+            return true;
+        }
+        match self.open().await {
+            Ok(session) => {
+                *self.spare() = Some(session);
+                true
+            }
+            Err(error) => {
+                debug!(upstream = %self.name, %error, "no session for roots yet");
+                false
+            }
+        }
+    }
+
+    /// Returns from when on a spare session is of use: shortly before the current generation ends;
+    /// `None`: now.
+    fn spare_at(&self) -> Option<std::time::Instant> {
+        let until = self.generations().current_until()?;
+        until.checked_sub(SPARE_BEFORE)
+    }
+
+    fn spare(&self) -> MutexGuard<'_, Option<Arc<Session>>> {
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn current(&self) -> Option<Arc<Session>> {
@@ -158,40 +230,33 @@ impl Shared {
     }
 }
 
-/// Lets generations end in time, also when nothing is asked, and makes good the loss of one.
+/// Lets generations end in time, also when nothing is asked, makes good the loss of one, and keeps
+/// a session ready for the next.
 async fn keep(shared: Arc<Shared>) {
     loop {
         let current = shared.current();
-        let (next, orphans) = {
-            let generations = shared.generations();
-            (generations.next_change(), generations.has_orphans())
-        };
-        if orphans {
-            match shared.session().await {
-                Ok(session) => shared.adopt(&session).await,
-                Err(error) => {
-                    debug!(upstream = %shared.name, %error, "cannot root anew what was lost");
-                    sleep(AGAIN_AFTER).await;
-                }
+        let well = shared.adopt().await && shared.prepare().await;
+        let now = Instant::now().into_std();
+        // One after the other: each takes the lock.
+        let change = shared.generations().next_change();
+        let spare = shared.spare_at().filter(|at| *at > now);
+        let retry = (!well).then(|| now + RETRY);
+        let ended = async {
+            match change.into_iter().chain(spare).chain(retry).min() {
+                Some(at) => sleep_until(at.into()).await,
+                None => std::future::pending().await,
             }
-            continue;
-        }
+        };
         let lost = async {
             match &current {
                 Some(session) => session.closed().await,
                 None => std::future::pending().await,
             }
         };
-        let ended = async {
-            match next {
-                Some(at) => sleep_until(at.into()).await,
-                None => std::future::pending().await,
-            }
-        };
         tokio::select! {
             _ = lost => {}
             () = ended => {}
-            () = shared.began.notified() => {}
+            () = shared.changed.notified() => {}
         }
     }
 }
@@ -207,5 +272,8 @@ impl Default for RootsOptions {
     }
 }
 
-/// Pause between two attempts to root anew.
-const AGAIN_AFTER: Duration = Duration::from_secs(15);
+/// How long before the end of a generation the session for the next is opened.
+const SPARE_BEFORE: Duration = Duration::from_secs(30);
+
+/// Pause before a spare session, or rooting anew, is tried again.
+const RETRY: Duration = Duration::from_secs(10);

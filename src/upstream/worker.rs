@@ -10,11 +10,13 @@
 //! ```
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
+use tokio::time::timeout;
 
 use super::build_log::{BuildLogs, LogOptions};
 use super::pool::{Pool, PoolOptions};
@@ -36,7 +38,7 @@ pub struct WorkerUpstream {
     store_dir: StoreDir,
     standing: Standing,
     pool: Arc<Pool>,
-    roots: Roots,
+    roots: Arc<Roots>,
     realisations: Realisations,
     logs: BuildLogs,
     log_options: LogOptions,
@@ -91,22 +93,32 @@ impl WorkerUpstream {
         let query_timeout = options.standing.query_timeout;
         let standing = Standing::start(name.clone(), dial.clone(), options.standing);
         let pool = Arc::new(Pool::new(name.clone(), dial.clone(), options.pool));
+        let roots = Arc::new(Roots::new(name.clone(), dial.clone(), options.roots));
+        let realisations =
+            Realisations::new(name.clone(), dial, session, query_timeout, standing.link());
         Self {
-            warmer: tokio::spawn(warm(standing.link(), pool.clone())),
-            roots: Roots::new(name.clone(), dial.clone(), options.roots),
-            realisations: Realisations::new(
-                name.clone(),
-                dial,
-                session,
-                query_timeout,
-                standing.link(),
-            ),
+            warmer: tokio::spawn(warm(standing.link(), pool.clone(), roots.clone())),
+            roots,
+            realisations,
             log_options: options.logs,
             name,
             store_dir,
             standing,
             pool,
             logs,
+        }
+    }
+
+    async fn path(&self, hash: StorePathHash) -> Result<Option<StorePath>, Error> {
+        let question = Request::QueryPathFromHashPart(hash);
+        match self.standing.ask(question).await? {
+            Reply::Path(None) => Ok(None),
+            Reply::Path(Some(path)) if path.hash() == hash => Ok(Some(path)),
+            Reply::Path(Some(path)) => {
+                let text = format!("asked for {hash}, it answered {path}");
+                Err(Error::Protocol(text.into()))
+            }
+            _ => Err(unasked()),
         }
     }
 
@@ -140,15 +152,23 @@ impl Upstream for WorkerUpstream {
 
     /// Takes one round trip when there is no such path, two when there is.
     async fn path_info(&self, hash: StorePathHash) -> Result<Option<PathInfo>, Error> {
-        let question = Request::QueryPathFromHashPart(hash);
-        match self.standing.ask(question).await? {
-            Reply::Path(None) => Ok(None),
-            Reply::Path(Some(path)) if path.hash() == hash => self.info(path).await,
-            Reply::Path(Some(path)) => {
-                let text = format!("asked for {hash}, it answered {path}");
-                Err(Error::Protocol(text.into()))
-            }
-            _ => Err(unasked()),
+        match self.path(hash).await? {
+            Some(path) => self.info(path).await,
+            None => Ok(None),
+        }
+    }
+
+    /// Takes no more round trips: the path is rooted while its info is under way.
+    async fn kept_path_info(&self, hash: StorePathHash) -> Result<Option<PathInfo>, Error> {
+        let Some(path) = self.path(hash).await? else {
+            return Ok(None);
+        };
+        let keeping = timeout(KEEP_PATIENCE, self.roots.keep(&path));
+        let (info, kept) = tokio::join!(self.info(path.clone()), keeping);
+        match kept {
+            // Told after the info: it went in between.
+            Ok(Ok(false)) => Ok(None),
+            _ => info,
         }
     }
 
@@ -197,12 +217,13 @@ impl Upstream for WorkerUpstream {
     }
 }
 
-/// Keeps a session for NARs open while the look-up link is up, so that the first NAR need not wait
-/// for a login.
-async fn warm(mut link: watch::Receiver<Link>, pool: Arc<Pool>) {
+/// Keeps a session for NARs and one for roots open while the look-up link is up, so that nobody
+/// waits for a login.
+async fn warm(mut link: watch::Receiver<Link>, pool: Arc<Pool>, roots: Arc<Roots>) {
     loop {
         let up = matches!(&*link.borrow_and_update(), Link::Up { .. });
         pool.warm(up);
+        roots.warm(up);
         if link.changed().await.is_err() {
             return;
         }
@@ -212,3 +233,6 @@ async fn warm(mut link: watch::Receiver<Link>, pool: Arc<Pool>) {
 fn unasked() -> Error {
     Error::Protocol("another answer than asked for".into())
 }
+
+/// A path that cannot be rooted within it is promised without.
+const KEEP_PATIENCE: Duration = Duration::from_secs(1);

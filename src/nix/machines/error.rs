@@ -73,7 +73,7 @@ pub enum Cause {
     #[error(transparent)]
     Uri(#[from] StoreUriError),
     /// The URI names no store that could be asked.
-    #[error("{0:?} is no kind of store that can be asked; ssh-ng, ssh, http, https and unix are")]
+    #[error("{0:?} is no kind of store that can be asked; ssh-ng, ssh, unix and daemon are")]
     Scheme(String),
     /// The number of jobs is none.
     #[error("{0:?} is not a whole number from 0 to 4294967295")]

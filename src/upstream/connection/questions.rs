@@ -82,6 +82,8 @@ struct State {
     questions_waiting: usize,
     questions_out: usize,
     bytes_out: usize,
+    /// Whether something waits until the window is open again.
+    full: bool,
     /// Since when something is under way without a pause.
     asking_since: Instant,
     last_heard: Instant,
@@ -108,6 +110,7 @@ impl Questions {
                 questions_waiting: 0,
                 questions_out: 0,
                 bytes_out: 0,
+                full: false,
                 asking_since: now,
                 last_heard: now,
                 sweep_at: SWEEP_AT_LEAST,
@@ -184,6 +187,9 @@ impl Questions {
     /// Appends the bytes of all questions that the window has room for.
     pub(super) fn take_work(&self, out: &mut BytesMut) {
         let mut state = self.lock();
+        if state.full && !self.is_open(&state) {
+            return;
+        }
         while state.questions_out < self.questions_max
             && (state.bytes_out < self.question_bytes_max || state.questions_out == 0)
         {
@@ -210,6 +216,14 @@ impl Questions {
                 }
             }
         }
+        state.full = !state.waiting.is_empty();
+    }
+
+    /// Tells whether a window that was full is filled again: at three quarters, since a write for
+    /// each answer would cost more than the questions.
+    fn is_open(&self, state: &State) -> bool {
+        state.questions_out <= self.questions_max / 4 * 3
+            && state.bytes_out <= self.question_bytes_max / 4 * 3
     }
 
     fn send(&self, state: &mut State, request: Request, slot: Slot, out: &mut BytesMut) {
@@ -246,7 +260,7 @@ impl Questions {
         let mut state = self.lock();
         state.questions_out -= questions;
         state.bytes_out -= bytes;
-        let work = !state.waiting.is_empty();
+        let work = !state.waiting.is_empty() && self.is_open(&state);
         drop(state);
         if work {
             self.work.notify_one();
