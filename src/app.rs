@@ -45,6 +45,10 @@ pub fn serve(load: &dyn Fn() -> anyhow::Result<Config>) -> anyhow::Result<()> {
 
 async fn run(config: Config, load: &dyn Fn() -> anyhow::Result<Config>) -> anyhow::Result<()> {
     let started = Instant::now();
+    // Before anybody is told that we run: a signal right after that must not end the process.
+    let mut reload = signal(SignalKind::hangup()).context("cannot listen for SIGHUP")?;
+    let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
     let opened = listeners::open(&config)?;
     let mut upstreams = Upstreams::new(started)?;
     let encoding = encoding(&config, opened.only_loopback);
@@ -67,21 +71,23 @@ async fn run(config: Config, load: &dyn Fn() -> anyhow::Result<Config>) -> anyho
     notify(&[sd_notify::NotifyState::Ready]);
     let watchdog = tokio::spawn(watchdog());
 
-    let mut reload = signal(SignalKind::hangup()).context("cannot listen for SIGHUP")?;
-    let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
     loop {
         tokio::select! {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
             _ = reload.recv() => {
-                notify(&[sd_notify::NotifyState::Reloading]);
+                notify_reloading();
                 match load().and_then(|config| {
                     let setup = setup(&config, &mut upstreams, encoding)?;
                     Ok((config, setup))
                 }) {
                     Ok((config, setup)) => {
-                        tell_info.send_replace(server_info(&config));
+                        let changed = server_info(&config);
+                        if changed.public_keys != tell_info.borrow().public_keys {
+                            let keys = setup.publisher.public_keys();
+                            info!(%keys, "signing with other keys, which clients must trust");
+                        }
+                        tell_info.send_replace(changed);
                         info!(upstreams = setup.members.len(), "configuration read anew");
                         substituter.replace(setup);
                     }
@@ -179,6 +185,15 @@ fn substituter_options(config: &Config) -> substituter::Options {
         prefetch: config.prefetch.then(closure::Options::default),
         keep_interval: config.roots_lifetime / 2,
         tasks_max: 10_000,
+    }
+}
+
+/// Tells systemd that a reload begins, and when: `Type=notify-reload` asks for the time too.
+fn notify_reloading() {
+    let reloading = sd_notify::NotifyState::Reloading;
+    match sd_notify::NotifyState::monotonic_usec_now() {
+        Ok(now) => notify(&[reloading, now]),
+        Err(_) => notify(&[reloading]),
     }
 }
 

@@ -307,7 +307,7 @@ async fn twenty_large_nars_at_once() {
     let begun = Instant::now();
     join_all(paths.iter().map(one)).await;
     println!("20 NARs of 6 MiB after {:?}", begun.elapsed());
-    // One for look-ups, eight for large NARs, one for small ones, one ready for roots.
+    // One for look-ups, eight for large NARs, one that is warm, one ready for roots.
     assert!(sshd.sessions().len() <= 11, "{}", sshd.sessions().len());
     sleep(Duration::from_millis(2500)).await;
     assert_eq!(sshd.sessions().len(), 3, "idle sessions stay");
@@ -363,7 +363,7 @@ async fn roots_hold_for_two_lifetimes_and_no_longer() {
     sleep(Duration::from_secs(5).saturating_sub(begun.elapsed())).await;
     builder.collect_garbage();
     assert!(!has(&upstream, &kept).await, "still rooted");
-    // One for look-ups, one warm for NARs, one ready for roots.
+    // The look-up connection, the warm one, and the one ready for roots.
     assert_eq!(sshd.sessions().len(), 3);
 }
 

@@ -34,7 +34,8 @@ use listener::{Listener, StallGuard};
 /// The bounds of a server.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Connections at once; further ones wait in the kernel's queue.
+    /// Connections at once; further ones wait, one for each listener here, the rest in the
+    /// kernel's queue.
     pub connections_max: usize,
     /// Time for a request's head, and for which an idle connection is kept.
     pub idle: Duration,
@@ -112,9 +113,10 @@ async fn accept(
     let mut connections = JoinSet::new();
     loop {
         while connections.try_join_next().is_some() {}
+        // The place comes second: a listener that nobody calls must not hold one back.
         let accepted = async {
-            let place = Arc::clone(&places).acquire_owned().await;
-            (listener.accept().await, place)
+            let stream = listener.accept().await;
+            (stream, Arc::clone(&places).acquire_owned().await)
         };
         let (stream, place) = tokio::select! {
             accepted = accepted => accepted,

@@ -94,12 +94,16 @@ impl WorkerUpstream {
         let standing = Standing::start(name.clone(), dial.clone(), options.standing);
         let pool = Arc::new(Pool::new(name.clone(), dial.clone(), options.pool));
         let roots = Arc::new(Roots::new(name.clone(), dial.clone(), options.roots));
-        let realisations =
-            Realisations::new(name.clone(), dial, session, query_timeout, standing.link());
         Self {
             warmer: tokio::spawn(warm(standing.link(), pool.clone(), roots.clone())),
             roots,
-            realisations,
+            realisations: Realisations::new(
+                name.clone(),
+                dial,
+                session,
+                query_timeout,
+                standing.link(),
+            ),
             log_options: options.logs,
             name,
             store_dir,
