@@ -77,6 +77,11 @@ impl<C: Clone> Generations<C> {
         self.current.as_ref().map(|g| g.carrier.clone())
     }
 
+    /// Tells until when the current generation takes roots.
+    pub fn current_until(&self) -> Option<Instant> {
+        self.current.as_ref().map(|g| g.since + self.lifetime)
+    }
+
     /// Begins a generation.
     pub fn begin(&mut self, carrier: C, now: Instant) {
         let old = self.current.replace(Generation {
@@ -105,6 +110,9 @@ impl<C: Clone> Generations<C> {
     pub fn lose(&mut self, is: impl Fn(&C) -> bool) {
         for generation in [&mut self.current, &mut self.previous] {
             if let Some(lost) = generation.take_if(|g| is(&g.carrier)) {
+                if lost.kept.is_empty() {
+                    continue;
+                }
                 let until = lost.since + self.lifetime * 2;
                 let empty = || (HashSet::new(), until);
                 let (orphans, last) = self.orphans.get_or_insert_with(empty);
