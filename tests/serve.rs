@@ -1,4 +1,4 @@
-//! `muster serve` as a process: what it listens on.
+//! `muster serve` as a process: what it listens on, and what a SIGHUP changes.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};
@@ -85,6 +85,14 @@ impl Muster {
         self.says("narinfo-cache-negative-ttl");
         addresses
     }
+
+    fn signal(&self, name: &str) {
+        let pid = self.child.id().to_string();
+        let sent = Command::new("/bin/sh")
+            .args(["-c", &format!("kill -{name} {pid}")])
+            .status();
+        assert!(sent.unwrap().success());
+    }
 }
 
 impl Drop for Muster {
@@ -155,4 +163,26 @@ fn sockets_that_systemd_hands_in_are_used() {
     let muster = place.serve_after(prelude, input, &["--listen", "127.0.0.1:1"]);
     assert_eq!(muster.addresses(), [expected.as_str()]);
     assert!(answers(&expected));
+}
+
+#[test]
+fn sighup_takes_over_what_it_can_and_names_the_rest() {
+    let place = Place::new();
+    let file = place.path("config.toml");
+    fs::write(&file, "listen = \"127.0.0.1:0\"\npriority = 30\n").unwrap();
+    let muster = place.serve(&["--config", file.to_str().unwrap()]);
+    let address = muster.addresses().remove(0);
+    let text = "listen = \"127.0.0.1:1\"\npriority = 20\nlog = \"debug\"\n";
+    fs::write(&file, text).unwrap();
+    muster.signal("HUP");
+    assert!(muster.says("takes a restart").contains("listen"));
+    assert!(muster.says("takes a restart").contains("log"));
+    muster.says("read anew");
+    let stream = TcpStream::connect(address.strip_prefix("http://").unwrap()).unwrap();
+    assert!(exchange(stream).contains("Priority: 20\n"));
+
+    fs::write(&file, "nonsense\n").unwrap();
+    muster.signal("HUP");
+    muster.says("the old one stays");
+    assert!(answers(&address));
 }
