@@ -2,32 +2,36 @@
 //!
 //! ```text
 //! start   listeners -> upstreams (connecting in the background) -> server -> ready
-//! SIGHUP  configuration and machines anew; upstreams that stay keep their connections
+//! SIGHUP  configuration and machines anew; upstreams that stay keep their connections, what needs
+//!         a restart is said
 //! stop    no new connections -> running transfers, bounded -> background work -> upstreams
 //! ```
 
 mod announce;
 mod files;
 mod listeners;
+mod reload;
 mod upstreams;
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use bytes::Bytes;
-use tokio::signal::unix::{SignalKind, signal};
+use sd_notify::NotifyState;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 use tracing::{error, info, warn};
 
 use crate::cache::memory;
-use crate::codec::compression::EncoderOptions;
-use crate::codec::compression::Encoding;
+use crate::codec::compression::{EncoderOptions, Encoding};
 use crate::config::{CompressionSetting, Config};
 use crate::nix::cache_info::CacheInfo;
 use crate::server::{self, Info};
 use crate::substituter::publish::Publisher;
 use crate::substituter::{self, Setup, Substituter, closure, health, transfer};
 
+use listeners::Opened;
 use upstreams::Upstreams;
 
 /// Serves until SIGTERM or SIGINT; `load` reads the configuration, at start and at SIGHUP.
@@ -45,82 +49,121 @@ pub fn serve(load: &dyn Fn() -> anyhow::Result<Config>) -> anyhow::Result<()> {
 }
 
 async fn run(config: Config, load: &dyn Fn() -> anyhow::Result<Config>) -> anyhow::Result<()> {
-    let started = Instant::now();
-    // Before anybody is told that we run: a signal right after that must not end the process.
-    let mut reload = signal(SignalKind::hangup()).context("cannot listen for SIGHUP")?;
-    let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
-    let opened = listeners::open(&config)?;
-    let mut upstreams = Upstreams::new(started)?;
-    let encoding = encoding(&config, opened.only_loopback);
-    let first = setup(&config, &mut upstreams, encoding)?;
+    // First of all: a signal that nobody listens for ends the process.
+    let mut signals = Signals::listen()?;
+    let Opened {
+        listeners,
+        addresses,
+        only_loopback,
+    } = listeners::open(&config)?;
+    let mut upstreams = Upstreams::new()?;
+    let first = setup(&config, &mut upstreams, only_loopback)?;
     let (tell_info, info) = watch::channel(server_info(&config));
     let (tell_stop, stop) = watch::channel(false);
     let substituter = Substituter::new(substituter_options(&config), first);
 
-    let serving = tokio::spawn(server::serve(
-        opened.listeners,
+    let mut serving = tokio::spawn(server::serve(
+        listeners,
         substituter.clone(),
         info,
         server_options(&config, files::raise_limit()),
         stop,
     ));
     let caring = substituter.clone();
-    let caring = tokio::spawn(async move { caring.care().await });
-    announce::start(&config, &opened.addresses, &substituter.setup());
-    let announcing = tokio::spawn(announce::upstreams(substituter.setup()));
-    notify(&[sd_notify::NotifyState::Ready]);
-    let watchdog = tokio::spawn(watchdog());
+    let mut background = JoinSet::new();
+    background.spawn(async move { caring.care().await });
+    announce::start(&config, &addresses, &substituter.setup());
+    background.spawn(announce::upstreams(substituter.setup()));
+    background.spawn(watchdog());
+    notify(&[NotifyState::Ready]);
 
-    loop {
-        tokio::select! {
-            _ = terminate.recv() => break,
-            _ = interrupt.recv() => break,
-            _ = reload.recv() => {
-                notify_reloading();
-                match load().and_then(|config| {
-                    let setup = setup(&config, &mut upstreams, encoding)?;
-                    Ok((config, setup))
-                }) {
-                    Ok((config, setup)) => {
-                        let changed = server_info(&config);
-                        if changed.public_keys != tell_info.borrow().public_keys {
-                            let keys = setup.publisher.public_keys();
-                            info!(%keys, "signing with other keys, which clients must trust");
-                        }
-                        tell_info.send_replace(changed);
-                        info!(upstreams = setup.members.len(), "configuration read anew");
-                        substituter.replace(setup);
-                    }
-                    Err(error) => error!(error = format!("{error:#}"), "configuration not taken over, the old one stays"),
+    while signals.next().await == Told::Reload {
+        notify_reloading();
+        let anew = load().and_then(|anew| {
+            let setup = setup(&anew, &mut upstreams, only_loopback)?;
+            Ok((anew, setup))
+        });
+        match anew {
+            Ok((anew, setup)) => {
+                reload::warn_of_restart(&config, &anew);
+                let changed = server_info(&anew);
+                if changed.public_keys != tell_info.borrow().public_keys {
+                    let keys = setup.publisher.public_keys();
+                    info!(%keys, "signing with other keys, which clients must trust");
                 }
-                notify(&[sd_notify::NotifyState::Ready]);
+                tell_info.send_replace(changed);
+                info!(upstreams = setup.members.len(), "configuration read anew");
+                substituter.replace(setup);
             }
+            Err(error) => error!(
+                error = format!("{error:#}"),
+                "configuration not taken over, the old one stays"
+            ),
         }
+        notify(&[NotifyState::Ready]);
     }
     info!("stopping");
-    notify(&[sd_notify::NotifyState::Stopping]);
+    notify(&[NotifyState::Stopping]);
     tell_stop.send_replace(true);
-    // A second signal does not wait.
     tokio::select! {
-        _ = serving => {}
-        _ = terminate.recv() => warn!("told twice to stop, transfers are cut"),
-        _ = interrupt.recv() => warn!("told twice to stop, transfers are cut"),
+        _ = &mut serving => {}
+        () = signals.stop() => {
+            warn!("told twice to stop, transfers are cut");
+            serving.abort();
+        }
     }
-    for task in [caring, announcing, watchdog] {
-        task.abort();
-    }
+    background.shutdown().await;
     substituter.stop().await;
     Ok(())
 }
 
-fn setup(config: &Config, upstreams: &mut Upstreams, encoding: Encoding) -> anyhow::Result<Setup> {
+/// The signals that are listened for.
+struct Signals {
+    reload: Signal,
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+/// What a signal says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Told {
+    Reload,
+    Stop,
+}
+
+impl Signals {
+    fn listen() -> anyhow::Result<Self> {
+        let listen = |kind, name| {
+            let signal = signal(kind);
+            signal.with_context(|| format!("cannot listen for {name}"))
+        };
+        Ok(Self {
+            reload: listen(SignalKind::hangup(), "SIGHUP")?,
+            terminate: listen(SignalKind::terminate(), "SIGTERM")?,
+            interrupt: listen(SignalKind::interrupt(), "SIGINT")?,
+        })
+    }
+
+    async fn next(&mut self) -> Told {
+        tokio::select! {
+            _ = self.reload.recv() => Told::Reload,
+            _ = self.terminate.recv() => Told::Stop,
+            _ = self.interrupt.recv() => Told::Stop,
+        }
+    }
+
+    async fn stop(&mut self) {
+        while self.next().await != Told::Stop {}
+    }
+}
+
+fn setup(config: &Config, upstreams: &mut Upstreams, only_loopback: bool) -> anyhow::Result<Setup> {
     Ok(Setup {
         members: upstreams.members(config)?,
         publisher: Publisher {
             keys: config.secret_keys.clone(),
             store_dir: config.store_dir.clone(),
-            encoding,
+            encoding: encoding(config, only_loopback),
         },
     })
 }
@@ -196,16 +239,15 @@ fn substituter_options(config: &Config) -> substituter::Options {
     }
 }
 
-/// Tells systemd that a reload begins, and when: `Type=notify-reload` asks for the time too.
+/// Tells systemd that the configuration is read anew, and when that began, as it wants to know.
 fn notify_reloading() {
-    let reloading = sd_notify::NotifyState::Reloading;
-    match sd_notify::NotifyState::monotonic_usec_now() {
-        Ok(now) => notify(&[reloading, now]),
-        Err(_) => notify(&[reloading]),
+    match NotifyState::monotonic_usec_now() {
+        Ok(began) => notify(&[NotifyState::Reloading, began]),
+        Err(error) => warn!(%error, "cannot tell systemd"),
     }
 }
 
-fn notify(states: &[sd_notify::NotifyState<'_>]) {
+fn notify(states: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(states) {
         warn!(%error, "cannot tell systemd");
     }
@@ -217,7 +259,7 @@ async fn watchdog() {
         return;
     };
     loop {
-        notify(&[sd_notify::NotifyState::Watchdog]);
+        notify(&[NotifyState::Watchdog]);
         tokio::time::sleep(interval / 2).await;
     }
 }

@@ -187,6 +187,23 @@ async fn a_question_for_what_is_being_fetched_joins_it() {
     assert!(found(&substituter, &low.0).await);
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_builder_that_falls_silent_while_a_closure_is_fetched_does_not_hold_up_the_others() {
+    let (a, b) = (Scripted::new("a"), Scripted::new("b"));
+    let low = path(1, 10, &[]);
+    let top = path(2, 10, &[&low.0]);
+    a.add(&top.0, &top.1);
+    a.add(&low.0, &low.1);
+    b.add(&low.0, &low.1);
+    let substituter = substituter(&[Arc::clone(&a), b]);
+    assert!(found(&substituter, &top.0).await);
+    *a.silent.lock().unwrap() = true;
+    sleep(Duration::from_millis(1)).await;
+    let asked = tokio::time::Instant::now();
+    assert!(found(&substituter, &low.0).await);
+    assert!(asked.elapsed() < Duration::from_millis(500));
+}
+
 #[tokio::test]
 async fn unsigned_answers_of_an_untrusted_upstream_are_refused() {
     let a = Scripted::new("a");

@@ -62,17 +62,22 @@ fn line(member: &Member) -> String {
     }
 }
 
-/// The URL by which clients reach this machine best.
+/// The URL by which clients reach this machine best: from elsewhere too, if they can.
 fn url(addresses: &[ListenAddress]) -> String {
-    let tcp = addresses.iter().find_map(|address| match address {
-        ListenAddress::Tcp(address) => Some(*address),
-        ListenAddress::Unix(_) => None,
-    });
-    match tcp {
+    let tcp: Vec<_> = addresses
+        .iter()
+        .filter_map(|address| match address {
+            ListenAddress::Tcp(address) => Some(address),
+            ListenAddress::Unix(_) => None,
+        })
+        .collect();
+    let reachable = tcp.iter().find(|address| !address.ip().is_loopback());
+    match reachable.or(tcp.first()) {
         Some(address) if address.ip().is_unspecified() => {
             format!("http://{}:{}", crate::config::hostname(), address.port())
         }
         Some(address) => format!("http://{address}"),
+        // Of whatever stands before the socket.
         None => format!("http://{}", crate::config::hostname()),
     }
 }
@@ -85,3 +90,25 @@ fn print(text: &str) {
 }
 
 const SETTLING: Duration = Duration::from_secs(6);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_url_is_one_that_clients_reach() {
+        let url = |texts: &[&str]| {
+            let addresses: Vec<ListenAddress> =
+                texts.iter().map(|text| text.parse().unwrap()).collect();
+            url(&addresses)
+        };
+        let host = crate::config::hostname();
+        assert_eq!(url(&["127.0.0.1:5000"]), "http://127.0.0.1:5000");
+        assert_eq!(url(&["unix:/run/m", "[::1]:80"]), "http://[::1]:80");
+        assert_eq!(url(&["127.0.0.1:1", "10.0.0.1:2"]), "http://10.0.0.1:2");
+        for any in ["0.0.0.0:5000", "[::]:5000"] {
+            assert_eq!(url(&[any]), format!("http://{host}:5000"));
+        }
+        assert_eq!(url(&["unix:/run/m"]), format!("http://{host}"));
+    }
+}

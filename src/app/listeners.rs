@@ -3,7 +3,9 @@
 
 use std::fs;
 use std::io::ErrorKind;
+use std::net::SocketAddr;
 use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use anyhow::{Context as _, bail};
@@ -27,7 +29,7 @@ pub(super) fn open(config: &Config) -> anyhow::Result<Opened> {
     take_activated(&mut listeners, &mut addresses)?;
     if listeners.is_empty() {
         for address in &config.listen {
-            let (listener, address) = bind(address)?;
+            let (listener, address) = bind(address, &config.listen)?;
             listeners.push(listener);
             addresses.push(address);
         }
@@ -71,10 +73,13 @@ fn take_activated(
     Ok(())
 }
 
-fn bind(address: &ListenAddress) -> anyhow::Result<(Listener, ListenAddress)> {
+fn bind(
+    address: &ListenAddress,
+    all: &[ListenAddress],
+) -> anyhow::Result<(Listener, ListenAddress)> {
     match address {
         ListenAddress::Tcp(address) => {
-            let listener = bind_tcp(*address).map_err(|error| match error.kind() {
+            let listener = bind_tcp(*address, all).map_err(|error| match error.kind() {
                 ErrorKind::AddrInUse => anyhow::anyhow!(
                     "cannot listen on {address}: the port is in use; stop what holds it \
                      (`ss -ltnp`) or choose another with --listen"
@@ -100,9 +105,17 @@ fn bind(address: &ListenAddress) -> anyhow::Result<(Listener, ListenAddress)> {
     }
 }
 
-fn bind_tcp(address: std::net::SocketAddr) -> std::io::Result<TcpListener> {
+fn bind_tcp(address: SocketAddr, all: &[ListenAddress]) -> std::io::Result<TcpListener> {
     let domain = socket2::Domain::for_address(address);
     let socket = socket2::Socket::new(domain, socket2::Type::STREAM, None)?;
+    // `[::]` takes IPv4 along, unless 0.0.0.0 is named beside it.
+    let beside = |other: &ListenAddress| match other {
+        ListenAddress::Tcp(other) => other.is_ipv4() && other.port() == address.port(),
+        ListenAddress::Unix(_) => false,
+    };
+    if address.is_ipv6() && all.iter().any(beside) {
+        socket.set_only_v6(true)?;
+    }
     // A restart does not wait for old connections to time out.
     socket.set_reuse_address(true)?;
     socket.set_nonblocking(true)?;
@@ -115,8 +128,14 @@ fn bind_tcp(address: std::net::SocketAddr) -> std::io::Result<TcpListener> {
 fn remove_stale(path: &Path) -> anyhow::Result<()> {
     let is_socket = fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket());
     if is_socket {
-        if std::os::unix::net::UnixStream::connect(path).is_ok() {
-            bail!("cannot listen on {}: another process does", path.display());
+        match UnixStream::connect(path) {
+            Err(error) if error.kind() == ErrorKind::ConnectionRefused => {}
+            Ok(_) => bail!("cannot listen on {}: another process does", path.display()),
+            Err(error) => {
+                return Err(error).with_context(|| {
+                    format!("cannot tell whether somebody listens on {}", path.display())
+                });
+            }
         }
         fs::remove_file(path)
             .with_context(|| format!("cannot remove the stale socket {}", path.display()))?;

@@ -25,7 +25,6 @@ use crate::upstream::worker::{WorkerOptions, WorkerSetup, WorkerUpstream};
 
 /// The upstreams that run, by all that was said about them.
 pub(super) struct Upstreams {
-    started: Instant,
     running: HashMap<String, Arc<Member>>,
     next: u16,
     runtime_dir: Arc<RuntimeDir>,
@@ -33,8 +32,8 @@ pub(super) struct Upstreams {
 }
 
 impl Upstreams {
-    /// Runs none yet; `started` is when the program was.
-    pub(super) fn new(started: Instant) -> anyhow::Result<Self> {
+    /// Runs none yet.
+    pub(super) fn new() -> anyhow::Result<Self> {
         let parent = std::env::var_os("RUNTIME_DIRECTORY")
             .map(PathBuf::from)
             .unwrap_or_else(std::env::temp_dir);
@@ -42,7 +41,6 @@ impl Upstreams {
             .with_context(|| format!("cannot make a folder in {}", parent.display()))?;
         let ssh_options = std::env::var("NIX_SSHOPTS").unwrap_or_default();
         Ok(Self {
-            started,
             running: HashMap::new(),
             next: 0,
             runtime_dir: Arc::new(runtime_dir),
@@ -94,18 +92,13 @@ impl Upstreams {
             .next
             .checked_add(1)
             .context("too many upstreams over all reloads")?;
-        // One that a reload brings is new to us: it gets the patience of a start.
-        let since = if self.running.is_empty() {
-            self.started
-        } else {
-            Instant::now()
-        };
         Ok(Member::new(
             id,
             Arc::new(worker),
             upstream.trust.clone(),
             health::Options::default(),
-            since,
+            // One that a reload brings gets the patience of a start, too.
+            Instant::now(),
         ))
     }
 

@@ -6,6 +6,7 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tracing::debug;
 
@@ -27,6 +28,9 @@ pub struct Options {
     pub paths_max: usize,
     /// Questions asked in one go; small enough that a client's own question is not held up.
     pub batch_max: usize,
+    /// How long a client's question for a path that is being fetched waits for that one builder
+    /// alone; then all are asked.
+    pub patience: Duration,
 }
 
 impl Default for Options {
@@ -35,6 +39,7 @@ impl Default for Options {
             walks_max: 8,
             paths_max: 20_000,
             batch_max: 256,
+            patience: Duration::from_millis(300),
         }
     }
 }

@@ -48,17 +48,17 @@ pub(super) struct Shared {
 
 impl Shared {
     pub(super) fn new(options: Options, setup: Setup) -> Self {
-        let walks_max = options.prefetch.as_ref().map_or(0, |p| p.walks_max);
+        let walks = options.prefetch.clone().unwrap_or_default();
         Self {
             cache: NarInfoCache::new(options.memory.clone()),
             setup: RwLock::new(Arc::new(setup)),
-            flights: SingleFlight::new(),
+            flights: SingleFlight::new(walks.patience),
             counters: Counters::default(),
             tasks: Tasks::new(options.tasks_max),
             divergent: Mutex::default(),
             revalidating: Mutex::default(),
             vetting: Mutex::default(),
-            walks: Arc::new(Semaphore::new(walks_max)),
+            walks: Arc::new(Semaphore::new(walks.walks_max)),
             whole_nars: Arc::new(Semaphore::new(options.transfer.whole_kib_max as usize)),
             corrupt: moka::sync::Cache::builder()
                 .max_capacity(CORRUPT_MAX)
