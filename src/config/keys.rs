@@ -249,6 +249,7 @@ mod tests {
             state_dir: Some(dir.join("a/state")),
             credentials_dir: Some(dir.join("credentials")),
             daemon_socket: dir.join("socket"),
+            log_dir: dir.join("log"),
             hostname: "host".to_owned(),
             cores: 1,
         }
