@@ -16,6 +16,7 @@ use crate::codec::compression::Encoder;
 use crate::nix::path_info::{PathInfo, Verified};
 use crate::nix::store_path::StorePathHash;
 
+use super::berth::Berths;
 use super::counters::Counters;
 use super::member::Member;
 use super::tasks::Tasks;
@@ -42,6 +43,8 @@ pub(super) struct Shared {
     /// Holders whose bytes did not fit; not asked for this path for a while.
     pub(super) corrupt: moka::sync::Cache<(StorePathHash, UpstreamId), ()>,
     pub(super) encoder: Encoder,
+    /// Streams of transfers whose clients do not read at the moment.
+    pub(super) berths: Berths,
 }
 
 impl Shared {
@@ -63,6 +66,7 @@ impl Shared {
                 .time_to_live(CORRUPT_TTL)
                 .build(),
             encoder: Encoder::new(options.transfer.encoder.clone()),
+            berths: Berths::default(),
             options,
         }
     }

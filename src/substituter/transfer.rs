@@ -22,6 +22,7 @@ use crate::codec::digest::{self, DigestError};
 use crate::nix::path_info::{PathInfo, Verified};
 use crate::upstream::{self, NarStream};
 
+use super::berth::Berth;
 use super::member::Member;
 use super::nar_url::NarUrl;
 use super::query;
@@ -204,6 +205,7 @@ impl Source {
         let mut relay = Relay {
             source: self,
             current: Some(current),
+            berth: shared.berths.berth(),
             last: Arc::clone(&last),
             offset: 0,
             skip: 0,
@@ -259,6 +261,7 @@ impl Source {
             }
             let opened = tokio::select! {
                 opened = member.upstream.nar(&self.info) => opened,
+                never = self.shared.berths.make_room(member.id) => match never {},
                 () = member.sickness() => Err(upstream::Error::Down("it is sick".into())),
             };
             match member.note(opened) {
@@ -297,7 +300,10 @@ impl Source {
 /// One transfer over as many holders as it takes.
 struct Relay {
     source: Source,
+    /// Where the bytes come from, while somebody asks for more.
     current: Option<(Arc<Member>, NarStream)>,
+    /// Where that is left until somebody does.
+    berth: Arc<Berth>,
     /// Whom the latest bytes came from, for those who find them wrong.
     last: Arc<std::sync::Mutex<Arc<Member>>>,
     offset: u64,
@@ -308,6 +314,23 @@ struct Relay {
 
 impl Relay {
     async fn next(&mut self) -> Option<Result<Bytes, Error>> {
+        if self.current.is_none() {
+            self.current = self.berth.take_back();
+        }
+        if self.current.is_none() && self.offset > 0 {
+            // It made room for others: the same holder, when it is its turn again.
+            let last = self.last.lock();
+            let last = Arc::clone(&last.unwrap_or_else(std::sync::PoisonError::into_inner));
+            self.source.waiting.push_front(last);
+        }
+        let item = self.next_of_current().await;
+        if let Some(current) = self.current.take() {
+            self.berth.leave(current);
+        }
+        item
+    }
+
+    async fn next_of_current(&mut self) -> Option<Result<Bytes, Error>> {
         let options = self.source.shared.options.transfer.clone();
         let mut patience = options.stall;
         loop {
