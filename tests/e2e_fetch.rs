@@ -228,3 +228,109 @@ fn what_was_missing_is_found_once_it_is_built() {
     assert_eq!((got.built(), got.copied()), (0, 1), "{got}");
     drop(b1);
 }
+
+#[test]
+fn build_logs_of_every_kind_of_upstream_are_shown() {
+    let lab = Lab::new();
+    let b1 = lab.builder("b1");
+    let client = lab.client(&[]);
+    let packed = b1.build_one("chatty", "--argstr seed packed");
+    b1.configure("compress-build-log = false");
+    let plain = b1.build_one("chatty", "--argstr seed plain");
+    let kept = b1.run("find /nix/var/log/nix/drvs -name '*chatty*'").ok();
+    assert_eq!(
+        (kept.out.lines().count(), kept.out.matches(".bz2\n").count()),
+        (2, 1),
+        "{kept}"
+    );
+    // An account that is not root's, and the builder's own muster, which reads the files.
+    let own = Muster::serve(&b1, "--listen 0.0.0.0:5001 --no-machines");
+    for uri in ["ssh-ng://root@b1", "ssh-ng://guest@b1", "ssh://root@b1"] {
+        let muster = Muster::serve(&client, &format!("--upstream {uri}"));
+        shows_logs(&client, &muster.url(), &packed, "packed");
+        shows_logs(&client, &muster.url(), &plain, "plain");
+    }
+    let through_http = "http://b1:5001";
+    shows_logs(&client, through_http, &packed, "packed");
+    shows_logs(&client, through_http, &plain, "plain");
+    drop(own);
+
+    // Logs may lie elsewhere; Nix knows by NIX_LOG_DIR.
+    b1.run("mv /nix/var/log/nix /var/nix-logs").ok();
+    let own = Muster::start_with(
+        &b1,
+        "NIX_LOG_DIR=/var/nix-logs",
+        "--listen 0.0.0.0:5001 --no-machines",
+    );
+    own.await_log(10.0, "upstream daemon: well");
+    shows_logs(&client, through_http, &packed, "packed");
+}
+
+/// Shows the log of what was built with a seed, asked for by its output and by its derivation.
+#[track_caller]
+fn shows_logs(client: &Machine, url: &str, output: &str, seed: &str) {
+    let drv = client
+        .instantiate("chatty", &format!("--argstr seed {seed}"))
+        .pop()
+        .expect("chatty has a derivation");
+    client.forget_lookups();
+    for line in [
+        format!("nix log --store {url} {output}"),
+        format!("nix log --option substituters {url} {drv}"),
+    ] {
+        let log = client.run(&line).ok();
+        let lines = log
+            .out
+            .lines()
+            .filter(|l| l.ends_with(&format!("of {seed}")));
+        assert_eq!(lines.count(), 2000, "{line}: {log}");
+    }
+}
+
+#[test]
+fn what_cannot_be_done_with_muster_fails_at_once_and_clearly() {
+    let lab = Lab::new();
+    let b1 = lab.builder("b1");
+    let client = lab.client(&["b1"]);
+    let multi = b1.build_one("odd", "");
+    let muster = Muster::serve(&client, "");
+    client.substitutes_from(&muster);
+    let url = muster.url();
+    let own = client.build_one("tiny", "--argstr seed own");
+    let copied = client
+        .run(&format!("nix copy --no-check-sigs --to {url} {own}"))
+        .failed();
+    assert!(copied.secs < 3.0 && copied.err.contains("405"), "{copied}");
+    let listed = client
+        .run(&format!(
+            "nix store ls --store {url} --recursive --long {multi}"
+        ))
+        .ok();
+    for word in ["größe", "dangling -> /nowhere", "-r-xr-xr-x", "日本語"] {
+        assert!(listed.out.contains(word), "no {word}: {listed}");
+    }
+    let cat = client
+        .run(&format!("nix store cat --store {url} {multi}/seven"))
+        .ok();
+    assert_eq!(cat.out, "1234567");
+    let missing = client
+        .run(&format!("nix store cat --store {url} {multi}/none"))
+        .failed();
+    assert!(missing.secs < 3.0, "{missing}");
+    let absent = "/nix/store/00000000000000000000000000000000-none";
+    for line in [
+        format!("nix path-info --store {url} {absent}"),
+        format!("nix copy --from {url} {absent}"),
+        format!("nix log --store {url} {absent}"),
+    ] {
+        let got = client.run(&line).failed();
+        assert!(got.secs < 3.0 && got.err.contains("none"), "{line}: {got}");
+    }
+    let verified = client
+        .run(&format!(
+            "nix store verify --store {url} --recursive --sigs-needed 1 --option trusted-public-keys '{}' {multi}",
+            muster.key()
+        ))
+        .ok();
+    assert!(!verified.err.contains("untrusted"), "{verified}");
+}

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use futures_util::StreamExt as _;
 use muster::codec::compression::Encoding;
 use muster::nix::fingerprint;
 use muster::nix::path_info::{PathInfo, Trust};
@@ -521,4 +522,43 @@ async fn a_reload_that_adds_a_builder_keeps_what_is_known_of_a_sick_one() {
     );
     substituter.replace(fewer);
     assert!(!found(&substituter, &info).await, "nobody vouches for it");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_transfer_that_nobody_reads_makes_room_and_goes_on_where_it_was() {
+    let a = Scripted::new("a");
+    let (info, nar) = path(1, 6 << 20, &[]);
+    a.add(&info, &nar);
+    // A builder that gives one large NAR at a time.
+    *a.nars_max.lock().unwrap() = Some(Arc::new(tokio::sync::Semaphore::new(1)));
+    let substituter = substituter(&[a]);
+    let url = muster::substituter::nar_url::NarUrl {
+        path_hash: info.path.hash(),
+        nar_hash: info.nar_hash,
+        encoding: Encoding::None,
+    };
+    let open = async || match substituter.nar(&url).await.expect("it is there").body {
+        muster::substituter::transfer::NarBody::Stream(stream) => stream,
+        muster::substituter::transfer::NarBody::Whole(_) => panic!("it is large"),
+    };
+    let mut stopped = open().await;
+    let first = stopped.next().await.unwrap().unwrap();
+    let asked = tokio::time::Instant::now();
+    let mut other = open().await;
+    let waited = asked.elapsed();
+    assert!(
+        (Duration::from_secs(19)..Duration::from_secs(25)).contains(&waited),
+        "{waited:?}"
+    );
+    let mut read = Vec::new();
+    while let Some(chunk) = other.next().await {
+        read.extend(chunk.unwrap());
+    }
+    assert_eq!(read, nar);
+    drop(other);
+    let mut read = first.to_vec();
+    while let Some(chunk) = stopped.next().await {
+        read.extend(chunk.unwrap());
+    }
+    assert_eq!(read, nar);
 }

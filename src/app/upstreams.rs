@@ -15,7 +15,7 @@ use crate::nix::store_uri::StoreKind;
 use crate::nix::store_uri::authority::Authority;
 use crate::substituter::health;
 use crate::substituter::member::Member;
-use crate::upstream::build_log::{BuildLogs, DEFAULT_LOG_DIR};
+use crate::upstream::build_log::BuildLogs;
 use crate::upstream::daemon::DaemonSocket;
 use crate::upstream::runtime_dir::RuntimeDir;
 use crate::upstream::ssh::{Ssh, SshOptions, SshTarget};
@@ -108,7 +108,7 @@ impl Upstreams {
         config: &Config,
     ) -> anyhow::Result<(Arc<dyn Dial>, BuildLogs)> {
         let local = |path: PathBuf| -> (Arc<dyn Dial>, BuildLogs) {
-            let logs = BuildLogs::Directory(DEFAULT_LOG_DIR.into());
+            let logs = BuildLogs::Directory(config.log_dir.clone());
             (Arc::new(DaemonSocket::new(path)), logs)
         };
         match upstream.uri.kind() {

@@ -191,6 +191,7 @@ Environment:
                               $XDG_STATE_HOME/muster or ~/.local/state/muster for others
   CREDENTIALS_DIRECTORY       where key files named without slash are looked up (systemd)
   NIX_DAEMON_SOCKET_PATH      the socket of this machine's own daemon
+  NIX_LOG_DIR                 where its build logs are; else /nix/var/log/nix
   NIX_SSHOPTS                 options for ssh
   NO_COLOR                    no colours on a terminal
 

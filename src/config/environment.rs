@@ -15,6 +15,8 @@ pub struct Environment {
     pub credentials_dir: Option<PathBuf>,
     /// The socket of this machine's daemon: `$NIX_DAEMON_SOCKET_PATH`, or the usual one.
     pub daemon_socket: PathBuf,
+    /// Where this machine's Nix keeps its build logs: `$NIX_LOG_DIR`, or the usual place.
+    pub log_dir: PathBuf,
     /// This machine's name.
     pub hostname: String,
     /// Processors that the process may use.
@@ -55,6 +57,7 @@ impl Environment {
             state_dir: systemd.or_else(own),
             credentials_dir: folder("CREDENTIALS_DIRECTORY"),
             daemon_socket: folder("NIX_DAEMON_SOCKET_PATH").unwrap_or_else(|| DAEMON_SOCKET.into()),
+            log_dir: folder("NIX_LOG_DIR").unwrap_or_else(|| DEFAULT_LOG_DIR.into()),
             hostname: String::new(),
             cores: 1,
         }
@@ -82,6 +85,7 @@ pub fn hostname() -> String {
     }
 }
 
+const DEFAULT_LOG_DIR: &str = "/nix/var/log/nix";
 const ROOT_STATE_DIR: &str = "/var/lib/muster";
 
 #[cfg(test)]

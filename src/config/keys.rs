@@ -84,6 +84,18 @@ pub enum KeyFileError {
         #[source]
         source: io::Error,
     },
+    /// The default key cannot be kept.
+    #[error(
+        "no signing key can be kept in {}: set STATE_DIRECTORY to a folder that can be written, or name a key by --secret-key-file",
+        dir.display()
+    )]
+    Keep {
+        /// The state directory.
+        dir: PathBuf,
+        /// Why.
+        #[source]
+        cause: Box<KeyFileError>,
+    },
     /// There is no place for the default key.
     #[error(
         "there is no place for a signing key: set HOME or STATE_DIRECTORY, or name a key by --secret-key-file"
@@ -165,24 +177,36 @@ pub(super) fn default_key(
     }
     let name = default_key_name(environment).map_err(KeyFileError::Hostname)?;
     let key = generate(name)?;
-    make_private_dir(state_dir)?;
+    let keep = |cause| KeyFileError::Keep {
+        dir: state_dir.clone(),
+        cause: Box::new(cause),
+    };
+    make_private_dir(state_dir).map_err(keep)?;
     match write_secret(&path, &key) {
         // Another process was first.
         Err(KeyFileError::Exists(_)) => return read_secret(&path, environment).map(Found::Kept),
-        written => written?,
+        written => written.map_err(keep)?,
     }
     // Whatever public key lies here belongs to a secret one that is gone.
     let public = path.with_extension("pub");
     _ = fs::remove_file(&public);
-    write_public(&public, &key.public())?;
+    write_public(&public, &key.public()).map_err(keep)?;
     Ok(Found::Made(KeyFile { path, key }))
 }
 
 /// Returns the name of the key that is made at the first start: `<hostname>-muster-1`.
 ///
-/// Clients take one key of a name only, so two Musters must not share theirs.
+/// Clients take one key of a name only, so two Musters must not share theirs. What a key's name
+/// cannot hold, or would be read as two keys in nix.conf, becomes a hyphen.
 pub fn default_key_name(environment: &Environment) -> Result<KeyName, KeyError> {
-    KeyName::new(&format!("{}-muster-1", environment.hostname))
+    let hostname = environment.hostname.chars().take(HOSTNAME_CHARS_MAX);
+    let fit = |c: char| match c {
+        ':' | '#' | '"' | '\'' | '\\' => '-',
+        c if c.is_whitespace() || c.is_control() => '-',
+        c => c,
+    };
+    let hostname: String = hostname.map(fit).collect();
+    KeyName::new(&format!("{hostname}-muster-1"))
 }
 
 fn is_credential(path: &Path, environment: &Environment) -> bool {
@@ -235,6 +259,8 @@ fn write_beside(beside: &Path, mode: u32, bytes: &[u8]) -> io::Result<()> {
 }
 
 const DEFAULT_KEY_FILE: &str = "secret-key";
+/// What the kernel lets a name have.
+const HOSTNAME_CHARS_MAX: usize = 64;
 /// A key has 88 bytes of base64 and a name of at most 255.
 const KEY_BYTES_MAX: usize = 4096;
 
@@ -249,6 +275,7 @@ mod tests {
             state_dir: Some(dir.join("a/state")),
             credentials_dir: Some(dir.join("credentials")),
             daemon_socket: dir.join("socket"),
+            log_dir: dir.join("log"),
             hostname: "host".to_owned(),
             cores: 1,
         }

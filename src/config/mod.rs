@@ -39,6 +39,8 @@ pub struct Config {
     pub upstreams: Vec<Upstream>,
     /// The socket of this machine's daemon.
     pub daemon_socket: PathBuf,
+    /// The folder of this machine's build logs.
+    pub log_dir: PathBuf,
     /// Keys that sign each path, of different names; none only where files were not to be read, or
     /// the default key was not to be made.
     pub secret_keys: Vec<SecretKey>,
@@ -164,6 +166,7 @@ impl Config {
             listen,
             upstreams: upstreams.list,
             daemon_socket: environment.daemon_socket.clone(),
+            log_dir: environment.log_dir.clone(),
             secret_keys: keys.files.iter().map(|file| file.key.clone()).collect(),
             secret_key_files: keys.files.into_iter().map(|file| file.path).collect(),
             generated_key: keys.generated,

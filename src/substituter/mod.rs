@@ -9,6 +9,7 @@
 //! nar(url)        holders -> upstream's stream -> verified bytes; next holder at the same byte
 //! ```
 
+mod berth;
 mod care;
 pub mod closure;
 pub mod counters;

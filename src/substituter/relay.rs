@@ -17,6 +17,7 @@ use crate::nix::hash::NarHash;
 use crate::nix::path_info::PathInfo;
 use crate::upstream::{self, NarStream};
 
+use super::berth::Berth;
 use super::member::Member;
 use super::shared::Shared;
 use super::source::Source;
@@ -25,7 +26,10 @@ use super::transfer::Error;
 /// The bytes of one NAR, unchecked, from one holder after the other.
 pub(super) struct Relay {
     source: Source,
+    /// Where the bytes come from, while somebody asks for more.
     current: Option<(Arc<Member>, NarStream)>,
+    /// Where that is left until somebody does.
+    berth: Arc<Berth>,
     givers: Arc<Mutex<Givers>>,
     offset: u64,
     /// Bytes that the current holder repeats.
@@ -46,6 +50,7 @@ impl Relay {
     /// Begins with no holder.
     pub(super) fn new(source: Source) -> Self {
         Self {
+            berth: source.shared.berths.berth(),
             source,
             current: None,
             givers: Arc::default(),
@@ -77,6 +82,7 @@ impl Relay {
                     for member in &lock(&self.givers).members {
                         self.source.set_aside(member);
                     }
+                    drop(self.berth.take_back());
                     (self.current, self.offset, self.skip) = (None, 0, 0);
                 }
             }
@@ -124,6 +130,21 @@ impl Relay {
     }
 
     async fn next(&mut self) -> Option<Result<Bytes, Error>> {
+        self.current = self.berth.take_back();
+        if self.current.is_none() && self.offset > 0 {
+            // It made room for others: the same holder, when it is its turn again.
+            if let Some(last) = lock(&self.givers).members.last() {
+                self.source.retry_first(last);
+            }
+        }
+        let item = self.next_of_current().await;
+        if let Some(current) = self.current.take() {
+            self.berth.leave(current);
+        }
+        item
+    }
+
+    async fn next_of_current(&mut self) -> Option<Result<Bytes, Error>> {
         let (stall, stall_last) = {
             let options = &self.source.shared.options.transfer;
             (options.stall, options.stall_last)

@@ -17,6 +17,7 @@ use crate::nix::hash::NarHash;
 use crate::nix::path_info::{PathInfo, Verified};
 use crate::nix::store_path::StorePathHash;
 
+use super::berth::Berths;
 use super::counters::Counters;
 use super::member::Member;
 use super::tasks::Tasks;
@@ -44,6 +45,8 @@ pub(super) struct Shared {
     /// Holders whose bytes did not fit; not asked for this path for a while.
     pub(super) corrupt: moka::sync::Cache<(StorePathHash, UpstreamId), ()>,
     pub(super) encoder: Encoder,
+    /// Streams of transfers whose clients do not read at the moment.
+    pub(super) berths: Berths,
 }
 
 impl Shared {
@@ -65,6 +68,7 @@ impl Shared {
                 .time_to_live(CORRUPT_TTL)
                 .build(),
             encoder: Encoder::new(options.transfer.encoder.clone()),
+            berths: Berths::default(),
             options,
         }
     }

@@ -70,10 +70,11 @@ impl Source {
             if !self.may_give(&member) {
                 continue;
             }
-            let info = Arc::clone(&self.info);
+            let (shared, info) = (Arc::clone(&self.shared), Arc::clone(&self.info));
             let opened = tokio::select! {
                 opened = member.upstream.nar(&info) => opened,
                 () = member.sickness() => Err(upstream::Error::Down("it is sick".into())),
+                never = shared.berths.make_room(member.id) => match never {},
                 () = self.another_after_stall() => {
                     debug!(upstream = member.upstream.name(), path = %info.path, "slow to begin");
                     self.set_aside(&member);
@@ -109,6 +110,11 @@ impl Source {
         if !self.set_aside.iter().any(|m| m.id == member.id) {
             self.set_aside.push(Arc::clone(member));
         }
+    }
+
+    /// Has a holder that gave well tried before all others.
+    pub(super) fn retry_first(&mut self, member: &Arc<Member>) {
+        self.waiting.push_front(Arc::clone(member));
     }
 
     /// Says that a holder broke at a byte.

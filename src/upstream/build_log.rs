@@ -27,7 +27,7 @@ use crate::nix::store_path::{StoreDir, StorePath};
 pub enum BuildLogs {
     /// There is none.
     Nowhere,
-    /// Files below a directory of this machine, by default [`DEFAULT_LOG_DIR`].
+    /// Files below a directory of this machine, usually `/nix/var/log/nix`.
     Directory(PathBuf),
     /// A `nix-store` run beside the daemon.
     Command {
@@ -170,9 +170,6 @@ fn read_bounded(reader: impl Read, path: &Path, bytes_max: usize) -> Result<Byte
 fn unreadable(path: &Path, error: &std::io::Error) -> Error {
     Error::Unsupported(format!("cannot read {}: {error}", path.display()).into())
 }
-
-/// Where Nix keeps its logs by default.
-pub const DEFAULT_LOG_DIR: &str = "/nix/var/log/nix";
 
 #[cfg(test)]
 mod tests {

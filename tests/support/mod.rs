@@ -25,7 +25,7 @@ use muster::substituter::{self, Setup, Substituter, closure, health, transfer};
 use muster::upstream::{Error, Link, NarStream, Upstream};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 /// What a scripted upstream does with the next NARs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -51,6 +51,8 @@ pub struct Scripted {
     link: watch::Sender<Link>,
     paths: Mutex<HashMap<StorePathHash, (PathInfo, Bytes)>>,
     pub nar_script: Mutex<NarScript>,
+    /// NARs that it gives at the same time.
+    pub nars_max: Mutex<Option<Arc<Semaphore>>>,
     /// Time before any answer.
     pub delay: Mutex<Duration>,
     /// Whether questions are never answered.
@@ -73,6 +75,7 @@ impl Scripted {
             link: watch::Sender::new(up),
             paths: Mutex::default(),
             nar_script: Mutex::default(),
+            nars_max: Mutex::default(),
             delay: Mutex::default(),
             silent: Mutex::default(),
             questions: AtomicUsize::new(0),
@@ -164,6 +167,11 @@ impl Upstream for Scripted {
             return Ok(None);
         };
         let script = self.nar_script.lock().unwrap().clone();
+        let turns = self.nars_max.lock().unwrap().clone();
+        let turn = match turns {
+            Some(turns) => Some(turns.acquire_owned().await.unwrap()),
+            None => None,
+        };
         let broken = || Error::Lost("killed".into());
         let chunks = |bytes: &[u8]| -> Vec<Result<Bytes, Error>> {
             bytes
@@ -174,7 +182,12 @@ impl Upstream for Scripted {
         let open = Open::new(&self.nars_open);
         let given: Option<NarStream> = match script {
             NarScript::Gone => None,
-            NarScript::Whole => Some(stream::iter(chunks(&nar)).boxed()),
+            NarScript::Whole => {
+                let held = move |_: &Result<Bytes, Error>| {
+                    let _held = &turn;
+                };
+                Some(stream::iter(chunks(&nar)).inspect(held).boxed())
+            }
             NarScript::BreakAt(at) => {
                 let mut items = chunks(&nar[..at.min(nar.len())]);
                 items.push(Err(broken()));
