@@ -99,9 +99,14 @@ impl<C: Clone> Generations<C> {
         }
     }
 
+    /// Tells when the current generation ends, and the next one needs what holds it.
+    pub fn current_ends(&self) -> Option<Instant> {
+        self.current.as_ref().map(|g| g.since + self.lifetime)
+    }
+
     /// Tells when [`advance`](Self::advance) has something to do next.
     pub fn next_change(&self) -> Option<Instant> {
-        let current = self.current.as_ref().map(|g| g.since + self.lifetime);
+        let current = self.current_ends();
         let previous = self.previous.as_ref().map(|g| g.since + self.lifetime * 2);
         current.into_iter().chain(previous).min()
     }

@@ -45,7 +45,8 @@ struct Shared {
     options: RootsOptions,
     // Never held over an await; no other lock is taken under it.
     generations: Mutex<Generations<Arc<Session>>>,
-    /// A session for the next generation, so that nobody waits for its login.
+    /// A session for the next generation, so that nobody waits for its login. Opened when there is no
+    /// generation or its end is near: a login in the middle of a client's closure would slow that down.
     // Never held over an await; no other lock is taken under it.
     spare: Mutex<Option<Arc<Session>>>,
     /// Whether a spare session is wanted.
@@ -202,14 +203,20 @@ impl Shared {
 /// Lets generations end in time, also when nothing is asked, and keeps a session ready.
 async fn keep(shared: Arc<Shared>) {
     loop {
-        let prepared = shared.prepare().await;
-        let next = {
+        let (change, spare) = {
             let mut generations = shared.generations();
             generations.advance(Instant::now().into_std());
-            generations.next_change().map(Instant::from)
+            let ahead = shared.options.lifetime / SPARE_AHEAD;
+            let ends = generations.current_ends().map(Instant::from);
+            let change = generations.next_change().map(Instant::from);
+            (change, ends.map(|at| at - ahead))
         };
-        let retry = (!prepared).then(|| Instant::now() + RETRY);
-        match next.into_iter().chain(retry).min() {
+        let spare = match spare {
+            Some(at) if at > Instant::now() => Some(at),
+            _ if shared.prepare().await => None,
+            _ => Some(Instant::now() + RETRY),
+        };
+        match change.into_iter().chain(spare).min() {
             None => shared.changed.notified().await,
             Some(at) => tokio::select! {
                 () = sleep_until(at) => {}
@@ -229,6 +236,9 @@ impl Default for RootsOptions {
         }
     }
 }
+
+/// A spare session is opened before a generation ends, by this part of its lifetime.
+const SPARE_AHEAD: u32 = 15;
 
 /// Pause before a spare session is tried again.
 const RETRY: Duration = Duration::from_secs(10);
