@@ -7,6 +7,7 @@
 //! ```
 
 mod announce;
+mod files;
 mod listeners;
 mod upstreams;
 
@@ -45,6 +46,10 @@ pub fn serve(load: &dyn Fn() -> anyhow::Result<Config>) -> anyhow::Result<()> {
 
 async fn run(config: Config, load: &dyn Fn() -> anyhow::Result<Config>) -> anyhow::Result<()> {
     let started = Instant::now();
+    // Before anybody is told that we run: a signal right after that must not end the process.
+    let mut reload = signal(SignalKind::hangup()).context("cannot listen for SIGHUP")?;
+    let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
     let opened = listeners::open(&config)?;
     let mut upstreams = Upstreams::new(started)?;
     let encoding = encoding(&config, opened.only_loopback);
@@ -57,7 +62,7 @@ async fn run(config: Config, load: &dyn Fn() -> anyhow::Result<Config>) -> anyho
         opened.listeners,
         substituter.clone(),
         info,
-        server_options(&config),
+        server_options(&config, files::raise_limit()),
         stop,
     ));
     let caring = substituter.clone();
@@ -67,21 +72,23 @@ async fn run(config: Config, load: &dyn Fn() -> anyhow::Result<Config>) -> anyho
     notify(&[sd_notify::NotifyState::Ready]);
     let watchdog = tokio::spawn(watchdog());
 
-    let mut reload = signal(SignalKind::hangup()).context("cannot listen for SIGHUP")?;
-    let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
     loop {
         tokio::select! {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
             _ = reload.recv() => {
-                notify(&[sd_notify::NotifyState::Reloading]);
+                notify_reloading();
                 match load().and_then(|config| {
                     let setup = setup(&config, &mut upstreams, encoding)?;
                     Ok((config, setup))
                 }) {
                     Ok((config, setup)) => {
-                        tell_info.send_replace(server_info(&config));
+                        let changed = server_info(&config);
+                        if changed.public_keys != tell_info.borrow().public_keys {
+                            let keys = setup.publisher.public_keys();
+                            info!(%keys, "signing with other keys, which clients must trust");
+                        }
+                        tell_info.send_replace(changed);
                         info!(upstreams = setup.members.len(), "configuration read anew");
                         substituter.replace(setup);
                     }
@@ -144,9 +151,16 @@ fn server_info(config: &Config) -> Info {
     }
 }
 
-fn server_options(config: &Config) -> server::Options {
+fn server_options(config: &Config, files_max: usize) -> server::Options {
+    let room = files_max.saturating_sub(OWN_FILES).max(OWN_FILES);
+    if config.max_connections > room {
+        warn!(
+            "the limit of open files is {files_max}, so {room} clients are served at once; raise it \
+             (ulimit -n, LimitNOFILE=) or lower max-connections"
+        );
+    }
     server::Options {
-        connections_max: config.max_connections,
+        connections_max: config.max_connections.min(room),
         idle: Duration::from_secs(90),
         write_stall: Duration::from_secs(300),
         stop: config.stop_timeout,
@@ -182,6 +196,15 @@ fn substituter_options(config: &Config) -> substituter::Options {
     }
 }
 
+/// Tells systemd that a reload begins, and when: `Type=notify-reload` asks for the time too.
+fn notify_reloading() {
+    let reloading = sd_notify::NotifyState::Reloading;
+    match sd_notify::NotifyState::monotonic_usec_now() {
+        Ok(now) => notify(&[reloading, now]),
+        Err(_) => notify(&[reloading]),
+    }
+}
+
 fn notify(states: &[sd_notify::NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(states) {
         warn!(%error, "cannot tell systemd");
@@ -198,3 +221,6 @@ async fn watchdog() {
         tokio::time::sleep(interval / 2).await;
     }
 }
+
+/// Files that are not clients' connections: pipes to ssh, listeners, the runtime's own.
+const OWN_FILES: usize = 200;

@@ -170,3 +170,116 @@ fn two_builders_that_disagree_about_a_path_confuse_nobody() {
         assert!(hashes.contains(&client.nar_hash(&path)));
     }
 }
+
+#[test]
+fn a_builder_that_needs_signatures_gives_signed_and_content_addressed_paths_alone() {
+    let lab = Lab::new();
+    let b1 = lab.builder("b1");
+    let client = lab.client(&[]);
+    let unsigned = b1.build_one("tiny", "--argstr seed unsigned");
+    let foreign_key = b1.signs_as("foreign-1");
+    let foreign = b1.build_one("tiny", "--argstr seed foreign");
+    let key = b1.signs_as("b1-1");
+    let signed = b1.build_one("tiny", "--argstr seed signed");
+    b1.run("mkdir -p /tmp/tree && echo added > /tmp/tree/file")
+        .ok();
+    let added = b1.run("nix store add-path /tmp/tree").ok();
+    let added = added.out.trim();
+    client.write(
+        "/etc/muster.toml",
+        &format!(
+            "[[upstreams]]\nuri = \"ssh-ng://root@b1\"\ntrusted = false\ntrusted-public-keys = [\"{key}\"]\n"
+        ),
+    );
+    let mut muster = Muster::serve(&client, "--config /etc/muster.toml");
+    for path in [&unsigned, &foreign] {
+        assert_eq!(muster.narinfo(path).status, 404, "{}", muster.log());
+        muster.await_log(1.0, path.trim_start_matches("/nix/store/"));
+    }
+    muster.await_log(1.0, "no signature by a trusted key (it carries: foreign-1)");
+    // Not by the NAR's own address either.
+    let hash = b1.run(&format!("nix-store -q --hash {unsigned}")).ok().out;
+    let nar = hash.trim().trim_start_matches("sha256:");
+    let store_hash = rig::muster::narinfo_target(&unsigned);
+    let store_hash = store_hash.trim_matches('/').trim_end_matches(".narinfo");
+    let target = format!("/nar/{nar}.nar?hash={store_hash}");
+    assert_eq!(muster.get(&target).status, 404, "{target}");
+
+    let text = muster.narinfo(&signed).text();
+    assert!(
+        text.contains("\nSig: b1-1:") && text.contains("\nSig: client-muster-1:"),
+        "{text}"
+    );
+    let text = muster.narinfo(added).text();
+    assert!(
+        text.contains("\nCA: fixed:r:sha256:") && !text.contains("\nSig:"),
+        "{text}"
+    );
+    client.substitutes_from(&muster);
+    client.realise(&unsigned).failed();
+    client.realise(&signed).ok();
+    client.realise(added).ok();
+    // The builder's word counts for clients that know only its key.
+    client.fresh_store();
+    client.configure(&format!(
+        "extra-substituters = {}\nextra-trusted-public-keys = {key} {foreign_key}",
+        muster.url()
+    ));
+    client.realise(&signed).ok();
+    client.realise(&foreign).failed();
+}
+
+#[test]
+fn several_keys_sign_and_a_reload_changes_them() {
+    let lab = Lab::new();
+    let b1 = lab.builder("b1");
+    let client = lab.client(&["b1"]);
+    let path = b1.build_one("tiny", "");
+    for name in ["old-1", "new-1"] {
+        client
+            .run(&format!("muster key generate {name} --secret-key-file /etc/{name} --public-key-file /etc/{name}.pub"))
+            .ok();
+    }
+    let keys = |names: &[&str]| {
+        let files: Vec<_> = names.iter().map(|n| format!("\"/etc/{n}\"")).collect();
+        let text = format!("secret-key-files = [{}]\n", files.join(", "));
+        client.write("/etc/muster.toml", &text);
+    };
+    keys(&["old-1", "new-1"]);
+    let mut muster = Muster::serve(&client, "--config /etc/muster.toml");
+    let signed_by = |muster: &mut Muster<'_>| {
+        let text = muster.narinfo(&path).text();
+        let names = text.lines().filter_map(|l| l.strip_prefix("Sig: "));
+        let names = names.filter_map(|l| l.split_once(':'));
+        names.map(|(name, _)| name.to_owned()).collect::<Vec<_>>()
+    };
+    let accepts = |muster: &Muster<'_>, name: &str| {
+        client.fresh_store();
+        let key = client.read(&format!("/etc/{name}.pub"));
+        client.configure(&format!(
+            "extra-substituters = {}\nextra-trusted-public-keys = {key}",
+            muster.url()
+        ));
+        client.realise(&path).rc == 0
+    };
+    assert_eq!(signed_by(&mut muster), ["old-1", "new-1"]);
+    assert!(accepts(&muster, "old-1") && accepts(&muster, "new-1"));
+
+    keys(&["new-1"]);
+    muster.signal(rustix::process::Signal::HUP);
+    let changed = rig::eventually(5.0, || signed_by(&mut muster) == ["new-1"]);
+    assert!(changed, "{}", muster.log());
+    muster.await_log(
+        1.0,
+        "signing with other keys, which clients must trust keys=new-1:",
+    );
+    let public = muster.get("/public-key").text();
+    assert!(!public.contains("old-1") && public.contains("new-1:"));
+    assert!(accepts(&muster, "new-1") && !accepts(&muster, "old-1"));
+
+    // A reload that cannot be done leaves all as it was.
+    keys(&["none"]);
+    muster.signal(rustix::process::Signal::HUP);
+    muster.await_log(5.0, "cannot read /etc/none");
+    assert_eq!(signed_by(&mut muster), ["new-1"]);
+}

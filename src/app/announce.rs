@@ -14,12 +14,7 @@ use crate::upstream::Link;
 
 /// Prints where it listens and what a client's `nix.conf` needs.
 pub(super) fn start(config: &Config, addresses: &[ListenAddress], setup: &Setup) {
-    let keys: Vec<_> = setup
-        .publisher
-        .keys
-        .iter()
-        .map(|k| k.public().to_string())
-        .collect();
+    let keys = setup.publisher.public_keys();
     let mut text = format!("muster {} listens on", env!("CARGO_PKG_VERSION"));
     for address in addresses {
         match address {
@@ -32,7 +27,7 @@ pub(super) fn start(config: &Config, addresses: &[ListenAddress], setup: &Setup)
     }
     text.push_str("\n\nAdd these lines to /etc/nix/nix.conf of each client:\n\n");
     text.push_str(&format!("extra-substituters = {}\n", url(addresses)));
-    text.push_str(&format!("extra-trusted-public-keys = {}\n", keys.join(" ")));
+    text.push_str(&format!("extra-trusted-public-keys = {keys}\n"));
     text.push_str("narinfo-cache-negative-ttl = 60\n\n");
     if setup.members.is_empty() {
         text.push_str("No upstreams: name builders in /etc/nix/machines or with --upstream.\n");

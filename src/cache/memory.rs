@@ -108,6 +108,11 @@ impl NarInfoCache {
         self.present.invalidate(&hash);
     }
 
+    /// Forgets who has what not, as when there are more upstreams.
+    pub fn clear_absent(&self) {
+        self.absent.invalidate_all();
+    }
+
     /// Forgets everything, as when keys or upstreams changed.
     pub fn clear(&self) {
         self.present.invalidate_all();

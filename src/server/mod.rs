@@ -15,26 +15,27 @@ pub mod response;
 pub mod route;
 
 use std::convert::Infallible;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::server::graceful::GracefulShutdown;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::futures::OwnedNotified;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
 use crate::substituter::Substituter;
 
 use handler::Handler;
-use listener::{Listener, StallGuard};
+use listener::{Listener, StallGuard, Stream};
 
 /// The bounds of a server.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Connections at once; further ones wait in the kernel's queue.
+    /// Connections at once; further ones wait in the kernel's queue, and idle ones make room.
     pub connections_max: usize,
     /// Time for a request's head, and for which an idle connection is kept.
     pub idle: Duration,
@@ -64,17 +65,18 @@ pub async fn serve(
     options: Options,
     stop: watch::Receiver<bool>,
 ) {
-    let graceful = Arc::new(GracefulShutdown::new());
     let handler = Handler::new(substituter, info);
-    let places = Arc::new(Semaphore::new(options.connections_max));
+    let places = Places {
+        free: Arc::new(Semaphore::new(options.connections_max)),
+        wanted: Arc::new(Notify::new()),
+    };
     let mut accepting = JoinSet::new();
     for listener in listeners {
         let accept = accept(
             listener,
             handler.clone(),
             options.clone(),
-            Arc::clone(&places),
-            Arc::clone(&graceful),
+            places.clone(),
             stop.clone(),
         );
         accepting.spawn(accept);
@@ -85,18 +87,34 @@ pub async fn serve(
             connections.spawn(wait_for(theirs));
         }
     }
-    let running = options.connections_max - places.available_permits();
+    let running = options.connections_max - places.free.available_permits();
     if running > 0 {
         debug!(connections = running, "waiting for running transfers");
     }
-    let finished = async {
-        if let Some(graceful) = Arc::into_inner(graceful) {
-            graceful.shutdown().await;
-        }
-        while connections.join_next().await.is_some() {}
-    };
+    let finished = async { while connections.join_next().await.is_some() {} };
     if tokio::time::timeout(options.stop, finished).await.is_err() {
         warn!(after = ?options.stop, "transfers were still running, they are cut");
+    }
+}
+
+/// The connections that there may be at once.
+#[derive(Clone)]
+struct Places {
+    free: Arc<Semaphore>,
+    /// Rung when somebody waits for a place: clients keep idle connections for as long as they run,
+    /// and those who wait would wait for their end.
+    wanted: Arc<Notify>,
+}
+
+impl Places {
+    /// Waits for a place, and has the connections that are there make room: each ends after its
+    /// response, an idle one at once.
+    async fn take(&self) -> Option<OwnedSemaphorePermit> {
+        if let Ok(place) = Arc::clone(&self.free).try_acquire_owned() {
+            return Some(place);
+        }
+        self.wanted.notify_waiters();
+        Arc::clone(&self.free).acquire_owned().await.ok()
     }
 }
 
@@ -105,48 +123,88 @@ async fn accept(
     listener: Listener,
     handler: Handler,
     options: Options,
-    places: Arc<Semaphore>,
-    graceful: Arc<GracefulShutdown>,
+    places: Places,
     mut stop: watch::Receiver<bool>,
 ) -> JoinSet<()> {
     let mut connections = JoinSet::new();
     loop {
         while connections.try_join_next().is_some() {}
+        // In this order, or listeners that wait for a client would hold the last places.
         let accepted = async {
-            let place = Arc::clone(&places).acquire_owned().await;
-            (listener.accept().await, place)
+            let stream = listener.accept().await;
+            // Made before there is a place, so that no ring is missed.
+            let wanted = Arc::clone(&places.wanted).notified_owned();
+            (stream, wanted, places.take().await)
         };
-        let (stream, place) = tokio::select! {
+        let (stream, wanted, place) = tokio::select! {
             accepted = accepted => accepted,
             _ = stop.wait_for(|stop| *stop) => return connections,
         };
-        let stream = match stream {
-            Ok(stream) => stream,
+        match stream {
+            Ok(stream) => {
+                let served = connection(
+                    stream,
+                    handler.clone(),
+                    options.clone(),
+                    wanted,
+                    stop.clone(),
+                );
+                connections.spawn(async move {
+                    served.await;
+                    drop(place);
+                });
+            }
             Err(error) => {
                 // Out of file descriptors, most often: a pause lets some be freed.
                 warn!(%error, "cannot accept a connection");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
-                continue;
             }
-        };
+        }
+    }
+}
+
+/// Serves one connection to its end, which comes after the next response once its place is wanted
+/// or the server stops.
+async fn connection(
+    stream: Stream,
+    handler: Handler,
+    options: Options,
+    wanted: OwnedNotified,
+    mut stop: watch::Receiver<bool>,
+) {
+    let asked = Arc::new(Notify::new());
+    let has_asked = Arc::clone(&asked);
+    let service = service_fn(move |request| {
+        asked.notify_one();
         let handler = handler.clone();
-        let service = service_fn(move |request| {
-            let handler = handler.clone();
-            async move { Ok::<_, Infallible>(handler.handle(request).await) }
-        });
-        let io = TokioIo::new(StallGuard::new(stream, options.write_stall));
-        let connection = http1::Builder::new()
-            .timer(TokioTimer::new())
-            .header_read_timeout(options.idle)
-            .max_buf_size(HEAD_BYTES_MAX)
-            .serve_connection(io, service);
-        let connection = graceful.watch(connection);
-        connections.spawn(async move {
-            if let Err(error) = connection.await {
-                debug!(%error, "connection ended");
-            }
-            drop(place);
-        });
+        async move { Ok::<_, Infallible>(handler.handle(request).await) }
+    });
+    let io = TokioIo::new(StallGuard::new(stream, options.write_stall));
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(options.idle)
+        .max_buf_size(HEAD_BYTES_MAX)
+        .serve_connection(io, service);
+    let mut connection = pin!(connection);
+    // hyper closes one that has not asked yet at once, and its client would go without an answer.
+    let spare = async {
+        wanted.await;
+        has_asked.notified().await;
+    };
+    let ended = tokio::select! {
+        ended = connection.as_mut() => Some(ended),
+        () = spare => None,
+        _ = stop.wait_for(|stop| *stop) => None,
+    };
+    let ended = match ended {
+        Some(ended) => ended,
+        None => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        debug!(%error, "connection ended");
     }
 }
 

@@ -17,8 +17,10 @@ pub mod member;
 pub mod nar_url;
 pub mod publish;
 mod query;
+mod relay;
 mod report;
 mod shared;
+mod source;
 pub mod tasks;
 pub mod transfer;
 
@@ -145,16 +147,9 @@ impl Substituter {
         Some(verified.sign(&setup.publisher.keys))
     }
 
-    /// Takes new upstreams and keys; what was known through the old ones is forgotten.
+    /// Takes new upstreams and keys; what the old ones answer yet is asked anew.
     pub fn replace(&self, setup: Setup) {
-        let mut current = self
-            .shared
-            .setup
-            .write()
-            .unwrap_or_else(PoisonError::into_inner);
-        *current = Arc::new(setup);
-        drop(current);
-        self.shared.cache.clear();
+        self.shared.replace(setup);
     }
 
     /// Returns who is asked and who signs.

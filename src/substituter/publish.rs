@@ -24,6 +24,20 @@ pub struct Publisher {
 }
 
 impl Publisher {
+    /// Lists the public keys as `trusted-public-keys` of nix.conf takes them.
+    pub fn public_keys(&self) -> String {
+        let keys = self.keys.iter().map(|key| key.public().to_string());
+        keys.collect::<Vec<_>>().join(" ")
+    }
+
+    /// Tells whether the other one writes the same texts.
+    pub fn publishes_as(&self, other: &Self) -> bool {
+        let key = |key: &SecretKey| key.public().to_string();
+        self.keys.iter().map(key).eq(other.keys.iter().map(key))
+            && self.store_dir == other.store_dir
+            && self.encoding == other.encoding
+    }
+
     /// Writes the signed text of a narinfo.
     ///
     /// What rests on its content address alone is offered without our signature: the client

@@ -8,7 +8,7 @@ use tokio::time::{Instant, timeout};
 use super::connection::{Connection, ConnectionOptions};
 use super::wire::{Dial, Guard, Purpose};
 use super::{Error, NarStream};
-use crate::nix::store_path::StorePath;
+use crate::nix::store_path::{StoreDir, StorePath};
 use crate::nix::worker_protocol::reply::Reply;
 use crate::nix::worker_protocol::request::Request;
 
@@ -41,7 +41,13 @@ impl Session {
         let opening = async {
             let wire = dial.dial(purpose).await?;
             guard = wire.guard;
-            Connection::open(wire.reader, wire.writer, options.connection.clone()).await
+            let connection = options.connection.clone();
+            let store_dir = connection.store_dir.clone();
+            let connection = Connection::open(wire.reader, wire.writer, connection).await?;
+            if purpose == Purpose::Lookup {
+                check_store_dir(&connection, &store_dir).await?;
+            }
+            Ok(connection)
         };
         let opened = timeout(options.connect_timeout, opening).await;
         match opened {
@@ -54,7 +60,7 @@ impl Session {
                 let after = options.connect_timeout;
                 let text = match guard.words() {
                     Some(words) => format!("no greeting within {after:?}: {words}"),
-                    None => format!("no greeting within {after:?}"),
+                    None => format!("no greeting within {after:?}: what listens there is silent"),
                 };
                 Err(Error::Down(text.into()))
             }
@@ -113,6 +119,26 @@ impl Session {
     }
 }
 
+/// Asks for a path of our store directory, there or not: a daemon of another one refuses it.
+///
+/// Without this it would say "not there" to every hash part that it does not have, and seem well.
+async fn check_store_dir(connection: &Connection, store_dir: &StoreDir) -> Result<(), Error> {
+    let Ok(path) = NOBODYS.parse::<StorePath>() else {
+        return Ok(());
+    };
+    match connection.ask(Request::IsValidPath(path)).await {
+        Err(Error::Remote(words)) if words.contains("is not in the Nix store") => {
+            let text = format!(
+                "store lies in another directory than {store_dir}, and its paths are of no use there; a \
+                 muster of its own can serve them (store-dir); its daemon says: {words}"
+            );
+            Err(Error::StoreDir(text.into()))
+        }
+        Err(error @ Error::Lost(_)) => Err(error),
+        _ => Ok(()),
+    }
+}
+
 impl Default for SessionOptions {
     fn default() -> Self {
         Self {
@@ -121,3 +147,5 @@ impl Default for SessionOptions {
         }
     }
 }
+
+const NOBODYS: &str = "00000000000000000000000000000000-store-directory";

@@ -5,6 +5,7 @@
 //! | `hang ADDR` | accepts TCP and never answers |
 //! | `relay LISTEN TARGET DELAY_MS CUT_BYTES RATE` | a line with a delay; it breaks when the target has sent CUT_BYTES |
 //! | `stutter RUNNING_MS FROZEN_MS` | stops and continues all other processes of the machine |
+//! | `say PATH HEX` | says these bytes to whoever connects to the Unix socket PATH, and no more |
 //! | `flip HEX` | `nix-daemon --stdio` whose answers have the last byte of every HEX changed; writes to fd 3 |
 //!
 //! LISTEN is `ADDR:PORT`, or `unix:PATH` for a socket that the test process reaches.
@@ -91,6 +92,8 @@ fn program() {
             relay(listen, target, number(delay), number(cut), number(rate));
         }
         ["stutter", running, frozen] => stutter(number(running), number(frozen)),
+        ["say", path] => say(path, ""),
+        ["say", path, hex] => say(path, hex),
         ["flip", hex] => flip(hex).expect("pass the daemon's answers on"),
         _ => panic!("no such program: {words}"),
     }
@@ -102,6 +105,16 @@ fn hang(address: &str) {
     let mut kept = Vec::new();
     loop {
         kept.extend(listener.accept());
+    }
+}
+
+fn say(path: &str, hex: &str) {
+    let listener = UnixListener::bind(path).expect("bind");
+    println!("ready");
+    let mut kept = Vec::new();
+    for mut stream in listener.incoming().flatten() {
+        stream.write_all(&bytes(hex)).expect("say it");
+        kept.push(stream);
     }
 }
 
@@ -267,8 +280,7 @@ fn others() -> Vec<u32> {
 }
 
 fn flip(hex: &str) -> io::Result<()> {
-    let byte = |word| u8::from_str_radix(word, 16).expect("bytes in hexadecimal");
-    let pattern: Vec<u8> = hex.split('-').map(byte).collect();
+    let pattern = bytes(hex);
     let mut daemon = Command::new("nix-daemon")
         .arg("--stdio")
         .stdout(Stdio::piped())
@@ -296,4 +308,9 @@ fn flip(hex: &str) -> io::Result<()> {
             return Ok(());
         }
     }
+}
+
+fn bytes(hex: &str) -> Vec<u8> {
+    let byte = |word| u8::from_str_radix(word, 16).expect("bytes in hexadecimal");
+    hex.split('-').filter(|h| !h.is_empty()).map(byte).collect()
 }

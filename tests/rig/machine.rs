@@ -181,7 +181,7 @@ impl Machine {
     }
 
     /// Runs a shell line of the host's tools in this machine's network.
-    pub(super) fn run_net(&self, line: &str) {
+    pub fn run_net(&self, line: &str) {
         lab::host(&format!("nsenter -t {} -n -- sh -ec '{line}'", self.pid));
     }
 

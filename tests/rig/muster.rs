@@ -35,7 +35,12 @@ impl<'m> Muster<'m> {
 
     /// Starts `muster serve` and does not wait.
     pub fn start(machine: &'m Machine, args: &str) -> Self {
-        let process = machine.spawn("muster", &format!("muster serve {args}"));
+        Self::start_with(machine, "", args)
+    }
+
+    /// Starts `muster serve` in an environment such as `A=1 B=2` and does not wait.
+    pub fn start_with(machine: &'m Machine, environment: &str, args: &str) -> Self {
+        let process = machine.spawn("muster", &format!("env {environment} muster serve {args}"));
         Self {
             machine,
             process,
