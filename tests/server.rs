@@ -26,7 +26,8 @@ async fn a_path_of_any_builder_is_found_signed_and_given_whole() {
     let (a, b) = (Scripted::new("a"), Scripted::new("b"));
     let (info, nar) = path(1, 1000, &[]);
     b.add(&info, &nar);
-    let served = serve(substituter(&[a, b])).await;
+    let substituter = substituter(&[a, b]);
+    let served = serve(substituter.clone()).await;
 
     let answer = get(served.address, &narinfo_target(&info)).await;
     assert_eq!(answer.status, 200);
@@ -45,6 +46,9 @@ async fn a_path_of_any_builder_is_found_signed_and_given_whole() {
     assert_eq!(answer.body, nar);
     assert_eq!(answer.header("accept-ranges"), Some("bytes"));
     assert_eq!(answer.header("content-length"), Some("1000"));
+    // The look-up for the NAR is no narinfo that a client had.
+    assert_eq!(substituter.counters().narinfo_requests.value(), 1);
+    assert_eq!(substituter.counters().narinfo_memory_hits.value(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

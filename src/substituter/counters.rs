@@ -27,7 +27,7 @@ pub struct Counters {
     pub nar_bytes: Counter,
     /// NARs that no holder could give.
     pub nar_absent: Counter,
-    /// NARs that went on from another holder.
+    /// Times that a NAR went on from another holder.
     pub nar_resumed: Counter,
     /// NARs cut because no holder was left.
     pub nar_cut: Counter,

@@ -43,6 +43,7 @@ use crate::nix::store_path::{StoreDir, StorePath, StorePathHash};
 use counters::Counters;
 use member::Member;
 use publish::Publisher;
+use query::Wanted;
 use shared::Shared;
 
 /// Many upstreams as one store. A clone is another handle on the same.
@@ -90,7 +91,8 @@ impl Substituter {
     /// Equal questions share one flight; dropped, another asker drives it on.
     pub async fn narinfo(&self, hash: StorePathHash) -> Option<Bytes> {
         self.shared.counters.narinfo_requests.increment();
-        self.entry(hash).await.map(|entry| entry.text.clone())
+        let entry = query::entry(&self.shared, hash, Wanted::NarInfo).await;
+        entry.map(|entry| entry.text.clone())
     }
 
     /// Opens the NAR that a URL names; `None` when no holder can give it.
@@ -177,10 +179,6 @@ impl Substituter {
     /// Ends all background work and waits until it is gone.
     pub async fn stop(&self) {
         self.shared.tasks.stop().await;
-    }
-
-    async fn entry(&self, hash: StorePathHash) -> Option<Arc<Entry>> {
-        query::entry(&self.shared, hash).await
     }
 }
 

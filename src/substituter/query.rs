@@ -11,20 +11,39 @@ use crate::cache::memory::{Entry, Lookup, UpstreamId};
 use crate::cache::policy::Freshness;
 use crate::nix::store_path::StorePathHash;
 
+use super::counters::Counter;
 use super::health::Standing;
 use super::member::{Answer, Member};
 use super::shared::Shared;
 use super::{Setup, closure, now};
 
+/// What a narinfo is looked up for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wanted {
+    /// To be given to a client; counted.
+    NarInfo,
+    /// To know where its NAR is.
+    Nar,
+}
+
 /// Finds the narinfo of a hash part.
 ///
 /// Dropped, the question goes on if somebody else asks it too, and is given up otherwise.
-pub(super) async fn entry(shared: &Arc<Shared>, hash: StorePathHash) -> Option<Arc<Entry>> {
+pub(super) async fn entry(
+    shared: &Arc<Shared>,
+    hash: StorePathHash,
+    wanted: Wanted,
+) -> Option<Arc<Entry>> {
+    let count = |counter: &Counter| {
+        if wanted == Wanted::NarInfo {
+            counter.increment();
+        }
+    };
     loop {
         let asked = now();
         match shared.cache.get(hash, asked) {
             Lookup::Present(entry, freshness) => {
-                shared.counters.narinfo_memory_hits.increment();
+                count(&shared.counters.narinfo_memory_hits);
                 if freshness == Freshness::Stale {
                     revalidate(shared, hash, &entry);
                 }
@@ -32,7 +51,7 @@ pub(super) async fn entry(shared: &Arc<Shared>, hash: StorePathHash) -> Option<A
                 return Some(entry);
             }
             Lookup::Absent => {
-                shared.counters.narinfo_absent.increment();
+                count(&shared.counters.narinfo_absent);
                 return None;
             }
             Lookup::Miss if shared.came_back(hash) => return None,

@@ -14,7 +14,7 @@ use crate::upstream::{self, NarStream};
 
 use super::member::{Answer, Member};
 use super::nar_url::NarUrl;
-use super::query::{self, Answers};
+use super::query::{self, Answers, Wanted};
 use super::shared::Shared;
 
 /// The holders of one NAR, each given out once, and once more if it was only slow.
@@ -35,7 +35,7 @@ pub(super) struct Source {
 impl Source {
     /// Finds the path info of exactly the NAR that a URL names; `None`: nobody knows it.
     pub(super) async fn locate(shared: &Arc<Shared>, url: &NarUrl) -> Option<Self> {
-        let entry = query::entry(shared, url.path_hash).await?;
+        let entry = query::entry(shared, url.path_hash, Wanted::Nar).await?;
         let setup = shared.setup();
         let (info, waiting, others) = if entry.nar_hash == url.nar_hash {
             let holders = entry.holders().into_iter();
