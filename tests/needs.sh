@@ -31,9 +31,26 @@ need_rig() {
         ip:iproute2 openssl:openssl nsenter:util-linux
 }
 
-# What cargo needs besides itself: a C compiler, for the compression libraries.
+# Rust by rustup where there is none or too old a one (Debian 12 has 1.63), and a C compiler for the
+# compression libraries.
 need_build() {
-    command -v cargo >/dev/null || [ ! -x "$HOME/.cargo/bin/cargo" ] || PATH=$HOME/.cargo/bin:$PATH
-    command -v cargo >/dev/null || fail "needs cargo of Rust 1.90 or newer"
+    export PATH=$PATH:$HOME/.cargo/bin
+    if ! rust_is_new_enough; then
+        need curl:curl /etc/ssl/certs/ca-certificates.crt:ca-certificates
+        echo "installing: Rust, by rustup"
+        curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs |
+            sh -s -- -q -y --no-modify-path --profile minimal -c rustfmt -c clippy ||
+            fail "needs cargo of Rust $rust_min or newer, and rustup cannot be had: install it first"
+        export PATH=$HOME/.cargo/bin:$PATH
+        rust_is_new_enough || fail "needs cargo of Rust $rust_min or newer; this is $(cargo --version)"
+    fi
     need cc:gcc /usr/include/stdlib.h:libc6-dev
+}
+
+rust_min=1.90
+
+rust_is_new_enough() {
+    local version
+    version=$(cargo --version 2>/dev/null | cut -d' ' -f2) || return 1
+    [ -n "$version" ] && [ "$(printf '%s\n' "$rust_min" "$version" | sort -V | head -n 1)" = "$rust_min" ]
 }

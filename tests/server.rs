@@ -15,6 +15,7 @@ use muster::substituter::Substituter;
 use support::*;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
+use tokio::time::timeout;
 
 fn narinfo_target(info: &muster::nix::path_info::PathInfo) -> String {
     format!("/{}.narinfo", info.path.hash())
@@ -187,6 +188,63 @@ async fn a_transfer_outlives_its_builder() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn neither_a_holder_that_is_slow_to_begin_nor_one_that_does_not_tell_holds_a_nar_up() {
+    for size in [1000, 5 << 20] {
+        let (a, b, c) = (Scripted::new("a"), Scripted::new("b"), Scripted::new("c"));
+        let (info, nar) = path(1, size, &[]);
+        a.add(&info, &nar);
+        *b.silent.lock().unwrap() = true;
+        let upstreams = [Arc::clone(&a), b, Arc::clone(&c)];
+        let served = serve(substituter(&upstreams)).await;
+        let target = nar_target(&get(served.address, &narinfo_target(&info)).await);
+        c.add(&info, &nar);
+        *a.delay.lock().unwrap() = Duration::from_secs(60);
+        let asked = Instant::now();
+        assert_eq!(get(served.address, &target).await.body, nar);
+        assert!(asked.elapsed() < Duration::from_secs(3));
+        // And one that was passed over is waited for when nobody else is left.
+        c.remove(&info);
+        *a.delay.lock().unwrap() = Duration::from_secs(1);
+        assert_eq!(get(served.address, &target).await.body, nar);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_holder_that_gives_all_and_does_not_end_has_given_all() {
+    let a = Scripted::new("a");
+    let (info, nar) = path(1, 5 << 20, &[]);
+    a.add(&info, &nar);
+    let served = serve(substituter(std::slice::from_ref(&a))).await;
+    let target = nar_target(&get(served.address, &narinfo_target(&info)).await);
+    *a.nar_script.lock().unwrap() = NarScript::StallAt(nar.len());
+    let answer = timeout(Duration::from_secs(5), get(served.address, &target)).await;
+    assert_eq!(answer.unwrap().body, nar);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wrong_bytes_are_counted_against_those_who_gave_them() {
+    for size in [200_000, 5 << 20] {
+        let (a, b) = (Scripted::new("a"), Scripted::new("b"));
+        let (info, nar) = path(1, size, &[]);
+        a.add(&info, &nar);
+        b.add(&info, &nar);
+        *b.delay.lock().unwrap() = Duration::from_millis(20);
+        *a.nar_script.lock().unwrap() = NarScript::FlipFirstBreakAt(100_000);
+        let substituter = substituter(&[a, b]);
+        let served = serve(substituter.clone()).await;
+        let target = nar_target(&get(served.address, &narinfo_target(&info)).await);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let first = get(served.address, &target).await;
+        // The first bytes of a large one are the client's already.
+        assert_eq!(first.cut, size > 1 << 20);
+        assert_eq!(get(served.address, &target).await.body, nar);
+        let setup = substituter.setup();
+        let refused = |place: usize| setup.members[place].refused.load(Ordering::Relaxed);
+        assert_eq!((refused(0), refused(1)), (1, 0), "{size}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn without_another_holder_a_small_nar_is_404_and_a_large_one_is_cut() {
     let a = Scripted::new("a");
     let (small, small_nar) = path(1, 1000, &[]);
@@ -270,6 +328,112 @@ async fn told_to_stop_it_finishes_what_runs() {
             .await
             .is_err()
     );
+}
+
+/// Waits for something that must come soon.
+async fn soon(what: impl Fn() -> bool) {
+    let waited = async {
+        while !what() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(Duration::from_secs(3), waited).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_leaves_frees_the_builder_at_once() {
+    for (size, suffix) in [(1000, ""), (5 << 20, ""), (5 << 20, ".zst")] {
+        let a = Scripted::new("a");
+        let (info, nar) = path(1, size, &[]);
+        a.add(&info, &nar);
+        let mut options = options();
+        options.transfer.stall = Duration::from_secs(60);
+        options.transfer.stall_last = Duration::from_secs(60);
+        let setup = setup(std::slice::from_ref(&a), &Trust::Operator, Encoding::None);
+        let served = serve(Substituter::new(options, setup)).await;
+        let target = nar_target(&get(served.address, &narinfo_target(&info)).await);
+        *a.nar_script.lock().unwrap() = NarScript::StallAt(size - 1);
+        let target = format!("{target}{suffix}");
+        let running = get(served.address, &target);
+        assert!(timeout(Duration::from_millis(300), running).await.is_err());
+        assert_eq!(a.nars.load(Ordering::Relaxed), 1);
+        soon(|| a.nars_open.load(Ordering::Relaxed) == 0).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_takes_nothing_is_cut_and_an_idle_one_let_go() {
+    let a = Scripted::new("a");
+    let (info, nar) = path(1, 64 << 20, &[]);
+    a.add(&info, &nar);
+    let mut limits = server_options();
+    limits.idle = Duration::from_millis(300);
+    limits.write_stall = Duration::from_millis(300);
+    let (served, _) = serve_with(substituter(std::slice::from_ref(&a)), limits).await;
+    let target = nar_target(&get(served.address, &narinfo_target(&info)).await);
+
+    let mut slow = TcpStream::connect(served.address).await.unwrap();
+    let request = format!("GET {target} HTTP/1.1\r\nHost: x\r\n\r\n");
+    slow.write_all(request.as_bytes()).await.unwrap();
+    soon(|| a.nars_open.load(Ordering::Relaxed) == 1).await;
+    soon(|| a.nars_open.load(Ordering::Relaxed) == 0).await;
+
+    let mut idle = TcpStream::connect(served.address).await.unwrap();
+    let request = b"GET /public-key HTTP/1.1\r\nHost: x\r\n\r\n";
+    idle.write_all(request).await.unwrap();
+    let mut answer = Vec::new();
+    let read = idle.read_to_end(&mut answer);
+    timeout(Duration::from_secs(3), read)
+        .await
+        .unwrap()
+        .unwrap();
+    assert!(answer.starts_with(b"HTTP/1.1 200"));
+    assert!(!String::from_utf8(answer).unwrap().contains("408"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn too_many_connections_wait_on_whatever_address() {
+    let a = Scripted::new("a");
+    let (info, nar) = path(1, 1000, &[]);
+    a.add(&info, &nar);
+    *a.delay.lock().unwrap() = Duration::from_millis(200);
+    let mut limits = server_options();
+    limits.connections_max = 1;
+    let (served, second) = serve_with(substituter(&[a]), limits).await;
+    let target = narinfo_target(&info);
+    let asked = (0..6).map(|n| get([served.address, second][n % 2], &target));
+    let answers = futures_util::future::join_all(asked);
+    for answer in timeout(Duration::from_secs(5), answers).await.unwrap() {
+        assert_eq!(answer.status, 200);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_is_refused_before_it_was_read() {
+    let served = serve(substituter(&[])).await;
+    let mut stream = TcpStream::connect(served.address).await.unwrap();
+    let head = format!(
+        "PUT /nar/x HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n",
+        1_u64 << 40
+    );
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let mut answer = [0; 12];
+    let read = stream.read_exact(&mut answer);
+    timeout(Duration::from_secs(3), read)
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(&answer, b"HTTP/1.1 405");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_forms_in_which_proxies_ask() {
+    let served = serve(substituter(&[])).await;
+    let status = async |target: &str| get(served.address, target).await.status;
+    assert_eq!(status("http://cache.example/nix-cache-info").await, 200);
+    assert_eq!(status("/%6eix-cache-info").await, 200);
+    assert_eq!(status("/nix-cache-info?x=1").await, 200);
+    assert_eq!(status("http://cache.example/x").await, 404);
 }
 
 #[tokio::test]

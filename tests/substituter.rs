@@ -238,6 +238,99 @@ async fn stale_answers_are_given_at_once_and_checked_behind() {
 }
 
 #[tokio::test]
+async fn what_its_only_holder_denies_is_not_believed_because_another_builder_is_sick() {
+    let (a, b) = (Scripted::new("a"), Scripted::new("b"));
+    let (info, nar) = path(1, 100, &[]);
+    a.add(&info, &nar);
+    b.down();
+    let mut options = options();
+    options.memory.revalidate_after = Duration::from_millis(30);
+    // Keeping it alive would find out, too.
+    options.keep_interval = Duration::from_secs(3600);
+    let upstreams = [Arc::clone(&a), Arc::clone(&b)];
+    let setup = setup(&upstreams, &Trust::Operator, Encoding::None);
+    let substituter = Substituter::new(options, setup);
+    assert!(found(&substituter, &info).await);
+    sleep(Duration::from_millis(50)).await;
+    a.remove(&info);
+    assert!(found(&substituter, &info).await);
+    sleep(Duration::from_millis(50)).await;
+    assert!(!found(&substituter, &info).await);
+
+    // While the holder itself is sick it is believed.
+    a.add(&info, &nar);
+    assert!(found(&substituter, &info).await);
+    a.down();
+    for _ in 0..3 {
+        sleep(Duration::from_millis(50)).await;
+        assert!(found(&substituter, &info).await);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn trust_withdrawn_while_a_question_runs_is_not_served() {
+    let (a, b) = (Scripted::new("a"), Scripted::new("b"));
+    let (low, low_nar) = path(1, 100, &[]);
+    let (top, top_nar) = path(2, 100, &[&low]);
+    a.add(&low, &low_nar);
+    a.add(&top, &top_nar);
+    *a.delay.lock().unwrap() = Duration::from_secs(1);
+    let substituter = substituter(std::slice::from_ref(&a));
+    let replace = async {
+        sleep(Duration::from_millis(500)).await;
+        substituter.replace(setup(&[], &Trust::Operator, Encoding::None));
+    };
+    let (asked, ()) = tokio::join!(found(&substituter, &top), replace);
+    assert!(!asked);
+    assert!(!found(&substituter, &top).await);
+
+    // The same while a closure is fetched.
+    substituter.replace(setup(
+        std::slice::from_ref(&a),
+        &Trust::Operator,
+        Encoding::None,
+    ));
+    assert!(found(&substituter, &top).await);
+    sleep(Duration::from_millis(500)).await;
+    substituter.replace(setup(&[], &Trust::Operator, Encoding::None));
+    assert!(!found(&substituter, &low).await);
+    sleep(Duration::from_secs(2)).await;
+    assert!(!found(&substituter, &low).await);
+    assert_eq!(substituter.counters().narinfo_prefetched.value(), 0);
+
+    // And what is new at a reload is asked by those who wait already.
+    b.add(&low, &low_nar);
+    substituter.replace(setup(
+        std::slice::from_ref(&a),
+        &Trust::Operator,
+        Encoding::None,
+    ));
+    a.remove(&low);
+    let replace = async {
+        sleep(Duration::from_millis(500)).await;
+        substituter.replace(setup(&[b], &Trust::Operator, Encoding::None));
+    };
+    let (asked, ()) = tokio::join!(found(&substituter, &low), replace);
+    assert!(asked);
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_late_batch_does_not_make_a_builder_sick() {
+    let a = Scripted::new("a");
+    let below: Vec<_> = (0..50).map(|number| path(number, 10, &[])).collect();
+    let references: Vec<_> = below.iter().map(|(info, _)| info).collect();
+    let (top, nar) = path(99, 10, &references);
+    a.add(&top, &nar);
+    let substituter = substituter(std::slice::from_ref(&a));
+    assert!(found(&substituter, &top).await);
+    *a.silent.lock().unwrap() = true;
+    sleep(Duration::from_secs(11)).await;
+    *a.silent.lock().unwrap() = false;
+    a.add(&below[0].0, &below[0].1);
+    assert!(found(&substituter, &below[0].0).await);
+}
+
+#[tokio::test]
 async fn what_is_served_is_kept_alive_and_what_is_gone_is_forgotten() {
     let a = Scripted::new("a");
     let (info, nar) = path(1, 100, &[]);
@@ -352,6 +445,9 @@ async fn an_upstream_that_is_ourselves_is_found_out() {
     assert!(substituter.setup().members[0].is_ourselves());
     let (info, _) = path(1, 1, &[]);
     assert!(!found(&substituter, &info).await);
+    // What we would have told ourselves is no lack of knowledge.
+    assert_eq!(substituter.counters().narinfo_absent.value(), 1);
+    assert_eq!(substituter.counters().narinfo_absent_unsure.value(), 0);
 }
 
 #[tokio::test(start_paused = true)]

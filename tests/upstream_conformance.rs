@@ -157,6 +157,9 @@ async fn path_infos(upstream: &dyn Upstream, content: &Content) {
     }
     let nobody = StorePathHash([7; 20]);
     assert!(upstream.path_info(nobody).await.unwrap().is_none());
+    assert!(upstream.kept_path_info(nobody).await.unwrap().is_none());
+    let kept = upstream.kept_path_info(content.small.hash()).await;
+    assert_eq!(kept.unwrap().unwrap().path, content.small);
 
     // In the order of the questions, with repetitions and gaps.
     let mut paths: Vec<_> = content.nars.keys().cloned().collect();

@@ -12,6 +12,7 @@ use tracing::debug;
 use crate::cache::memory::Lookup;
 use crate::nix::path_info::PathInfo;
 use crate::nix::store_path::{StorePath, StorePathHash};
+use crate::upstream::Error;
 
 use super::member::{Answer, Member};
 use super::now;
@@ -103,24 +104,33 @@ impl Walk {
             return true;
         }
         let setup = self.shared.setup();
-        let mut alive = true;
+        if setup.member(self.member.id).is_none() {
+            return false;
+        }
         let answers = tokio::select! {
             answers = self.member.upstream.path_infos(&paths) => answers,
             () = self.member.sickness() => return false,
         };
-        for (answer, landing) in answers.into_iter().zip(landings) {
-            let claim = match self.member.note(answer) {
-                Ok(Some(claim)) => claim,
-                Ok(None) => continue,
-                Err(_) => {
-                    alive = false;
-                    continue;
-                }
+        // One batch that is late is one time-out, however many questions it had.
+        let failed = answers
+            .iter()
+            .filter_map(|answer| answer.as_ref().err())
+            .find(|error| !matches!(error, Error::Remote(_)));
+        let alive = failed.is_none();
+        let _ = self.member.note(failed.cloned().map_or(Ok(()), Err));
+        for ((answer, path), landing) in answers.into_iter().zip(paths).zip(landings) {
+            let Ok(Some(claim)) = answer else {
+                continue;
             };
+            if claim.path != path {
+                continue;
+            }
             let Answer::Found(info) = self.member.verify(claim, setup.store_dir()) else {
                 continue;
             };
-            let entry = self.shared.commit(&self.member, &info, now());
+            let Some(entry) = self.shared.commit(&setup, &self.member, &info, now()) else {
+                return false;
+            };
             self.shared.counters.narinfo_prefetched.increment();
             landing.land(Some(entry));
             next.extend(self.unknown(&info.references));

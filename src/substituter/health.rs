@@ -71,11 +71,11 @@ pub fn standing(link: &Link, record: &Record, options: &Options, now: Instant) -
         Link::Up { .. } => Standing::Well,
         Link::Down { .. } => Standing::Sick,
         Link::Connecting { since } => {
-            let until = if record.was_up {
-                *since + options.patience_after_loss
-            } else {
-                record.started + options.patience_at_start
-            };
+            // A connection that was up at wake-up may yet prove dead: the patience of the start holds.
+            let mut until = record.started + options.patience_at_start;
+            if record.was_up {
+                until = until.max(*since + options.patience_after_loss);
+            }
             if now < until {
                 Standing::Connecting { until }
             } else {
@@ -118,6 +118,20 @@ mod tests {
         let until = lost + Duration::from_secs(1);
         assert_eq!(at(999), Standing::Connecting { until });
         assert_eq!(at(1000), Standing::Sick);
+    }
+
+    #[test]
+    fn one_lost_just_after_a_wake_up_has_the_patience_of_the_start() {
+        let (options, woken) = (Options::default(), Instant::now());
+        let record = Record {
+            was_up: true,
+            ..Record::new(woken)
+        };
+        // What ssh takes to see that the old connection is dead.
+        let since = woken + Duration::from_secs(2);
+        let standing = standing(&Link::Connecting { since }, &record, &options, since);
+        let until = woken + Duration::from_secs(5);
+        assert_eq!(standing, Standing::Connecting { until });
     }
 
     #[test]

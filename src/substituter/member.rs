@@ -188,7 +188,7 @@ impl Member {
     /// Asks something cheap where the upstream is connected but sick, so that it can recover.
     pub async fn probe(&self, now: Instant) {
         let connected = matches!(self.link(), Link::Up { .. });
-        if !connected || self.standing(now) != Standing::Sick {
+        if !connected || self.is_ourselves() || self.standing(now) != Standing::Sick {
             return;
         }
         let nobody = StorePathHash([0; 20]);

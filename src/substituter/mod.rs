@@ -18,8 +18,10 @@ pub mod member;
 pub mod nar_url;
 pub mod publish;
 mod query;
+mod relay;
 mod report;
 mod shared;
+mod source;
 pub mod tasks;
 pub mod transfer;
 
@@ -146,25 +148,9 @@ impl Substituter {
         Some(verified.sign(&setup.publisher.keys))
     }
 
-    /// Takes new upstreams and keys.
-    ///
-    /// What was found stays where the same keys sign and all upstreams stay, since it may be all
-    /// that is known of a sick one; otherwise it is forgotten, and "not there" in any case.
+    /// Takes new upstreams and keys; what the old ones answer yet is asked anew.
     pub fn replace(&self, setup: Setup) {
-        let mut current = self
-            .shared
-            .setup
-            .write()
-            .unwrap_or_else(PoisonError::into_inner);
-        let stays = |member: &Arc<Member>| setup.member(member.id).is_some();
-        let only_more =
-            current.publisher.publishes_as(&setup.publisher) && current.members.iter().all(stays);
-        *current = Arc::new(setup);
-        if only_more {
-            self.shared.cache.clear_absent();
-        } else {
-            self.shared.cache.clear();
-        }
+        self.shared.replace(setup);
     }
 
     /// Returns who is asked and who signs.

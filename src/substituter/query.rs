@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
-use futures_util::StreamExt as _;
+use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt as _, StreamExt as _};
 use tracing::debug;
 
-use crate::cache::memory::{Entry, Lookup};
+use crate::cache::memory::{Entry, Lookup, UpstreamId};
 use crate::cache::policy::Freshness;
 use crate::nix::store_path::StorePathHash;
 
@@ -50,90 +51,98 @@ pub(super) async fn entry(shared: &Arc<Shared>, hash: StorePathHash) -> Option<A
 
 /// Asks every upstream that is not sick; returns the first trusted answer.
 async fn ask_all(shared: Arc<Shared>, hash: StorePathHash) -> Option<Arc<Entry>> {
-    let setup = shared.setup();
-    let mut complete = true;
-    let mut asked = ask(&setup, hash, &mut complete);
-    while let Some((member, answer)) = asked.next().await {
+    loop {
+        // Outdated at most once for each reload.
+        if let Ok(answer) = ask_setup(&shared, &shared.setup(), hash).await {
+            return answer;
+        }
+    }
+}
+
+/// The setup was replaced while its upstreams were asked.
+struct Outdated;
+
+async fn ask_setup(
+    shared: &Arc<Shared>,
+    setup: &Arc<Setup>,
+    hash: StorePathHash,
+) -> Result<Option<Arc<Entry>>, Outdated> {
+    let mut asked = ask(setup, hash, &[]);
+    let mut complete = asked.complete;
+    while let Some((member, answer)) = asked.answers.next().await {
         match answer {
             Answer::Found(verified) => {
+                let entry = shared.commit(setup, &member, &verified, now());
+                let entry = entry.ok_or(Outdated)?;
                 shared.counters.narinfo_found.increment();
-                let entry = shared.commit(&member, &verified, now());
-                note_late_answers(&shared, asked, &entry);
-                closure::follow(&shared, &member, &verified);
-                return Some(entry);
+                note_late_answers(shared, asked.answers, &entry);
+                closure::follow(shared, &member, &verified);
+                return Ok(Some(entry));
             }
             Answer::Absent => {}
             Answer::Unknown => complete = false,
         }
     }
     if complete {
+        shared.commit_absent(setup, hash, now()).ok_or(Outdated)?;
         shared.counters.narinfo_absent.increment();
-        shared.cache.commit_absent(hash, now());
     } else {
+        shared.if_current(setup, || ()).ok_or(Outdated)?;
         debug!(path.hash = %hash, "answered 404 without full knowledge");
         shared.counters.narinfo_absent_unsure.increment();
     }
-    None
+    Ok(None)
 }
 
-type Asked = FuturesUnordered<futures_util::future::BoxFuture<'static, (Arc<Member>, Answer)>>;
+/// What upstreams say of a path, as it comes.
+pub(super) type Answers = FuturesUnordered<BoxFuture<'static, (Arc<Member>, Answer)>>;
 
-fn ask(setup: &Arc<Setup>, hash: StorePathHash, complete: &mut bool) -> Asked {
+/// Upstreams that were asked for a path.
+pub(super) struct Asked {
+    pub(super) answers: Answers,
+    /// Whether none was left out for being sick.
+    complete: bool,
+}
+
+/// Asks all upstreams that are not sick but `left_out`; dropped, the questions are abandoned.
+pub(super) fn ask(setup: &Arc<Setup>, hash: StorePathHash, left_out: &[UpstreamId]) -> Asked {
     let now = now();
-    let asked = Asked::new();
+    let mut asked = Asked {
+        answers: FuturesUnordered::new(),
+        complete: true,
+    };
     for member in &setup.members {
+        // What we would tell ourselves is nothing that we do not know.
+        if member.is_ourselves() || left_out.contains(&member.id) {
+            continue;
+        }
         if member.standing(now) == Standing::Sick {
-            *complete = false;
+            asked.complete = false;
             continue;
         }
         let (member, setup) = (Arc::clone(member), Arc::clone(setup));
-        asked.push(Box::pin(async move {
+        let answer = async move {
             let answer = member.path_info(hash, setup.store_dir()).await;
             (member, answer)
-        }));
+        };
+        asked.answers.push(answer.boxed());
     }
     asked
 }
 
 /// Records who else has the path, without delaying the first answer.
-fn note_late_answers(shared: &Arc<Shared>, mut asked: Asked, entry: &Arc<Entry>) {
-    if asked.is_empty() {
+fn note_late_answers(shared: &Arc<Shared>, mut answers: Answers, entry: &Arc<Entry>) {
+    if answers.is_empty() {
         return;
     }
     let (held, entry) = (Arc::clone(shared), Arc::clone(entry));
     shared.tasks.spawn(async move {
-        while let Some((member, answer)) = asked.next().await {
+        while let Some((member, answer)) = answers.next().await {
             if let Answer::Found(info) = answer {
                 held.note_holder(&entry, &member, &info);
             }
         }
     });
-}
-
-/// Finds who has the NAR that `nar_hash` names among those not yet `tried`.
-pub(super) async fn further_holders(
-    shared: &Arc<Shared>,
-    hash: StorePathHash,
-    tried: &[crate::cache::memory::UpstreamId],
-    mut accept: impl FnMut(Arc<Member>, crate::nix::path_info::Verified) -> bool,
-) {
-    let setup = shared.setup();
-    let mut asked: FuturesUnordered<_> = setup
-        .members
-        .iter()
-        .filter(|member| !tried.contains(&member.id) && !member.is_sick())
-        .map(|member| {
-            let setup = &setup;
-            async move { (member, member.path_info(hash, setup.store_dir()).await) }
-        })
-        .collect();
-    while let Some((member, answer)) = asked.next().await {
-        if let Answer::Found(verified) = answer
-            && accept(Arc::clone(member), verified)
-        {
-            return;
-        }
-    }
 }
 
 /// Asks again in the background, once at a time for each path.
@@ -155,34 +164,39 @@ fn revalidate(shared: &Arc<Shared>, hash: StorePathHash, entry: &Arc<Entry>) {
 
 /// Compares what is served with what all upstreams say now.
 ///
-/// The NAR that was chosen stays chosen as long as anybody has it or could not be asked.
+/// The NAR that was chosen stays chosen as long as anybody has it, or a holder could not be asked.
 async fn ask_again(shared: &Arc<Shared>, hash: StorePathHash, entry: &Arc<Entry>) {
     let setup = shared.setup();
-    let mut complete = true;
-    let mut asked = ask(&setup, hash, &mut complete);
+    let mut answers = ask(&setup, hash, &[]).answers;
     let mut same = Vec::new();
     let mut other = None;
-    while let Some((member, answer)) = asked.next().await {
+    let mut denied = Vec::new();
+    while let Some((member, answer)) = answers.next().await {
         match answer {
             Answer::Found(info) if info.nar_hash == entry.nar_hash => same.push((member, info)),
             Answer::Found(info) => {
                 shared.note_holder(entry, &member, &info);
+                denied.push(member.id);
                 other.get_or_insert((member, info));
             }
-            Answer::Absent => {}
-            Answer::Unknown => complete = false,
+            Answer::Absent => denied.push(member.id),
+            Answer::Unknown => {}
         }
     }
     let now = now();
+    let mut holders = entry.holders();
+    holders.retain(|id| !denied.contains(id));
     let mut same = same.into_iter();
     if let Some((member, info)) = same.next() {
-        let fresh = shared.recommit(&member, &info, now);
-        same.for_each(|(member, _)| fresh.add_holder(member.id));
-    } else if !complete {
-        // Nobody contradicts it: believed for another while, from what was known.
-        shared.extend(hash, entry, now);
+        if let Some(fresh) = shared.recommit(&setup, &member, &info, now) {
+            same.for_each(|(member, _)| fresh.add_holder(member.id));
+            holders.into_iter().for_each(|id| fresh.add_holder(id));
+        }
+    } else if !holders.is_empty() {
+        // No holder contradicts it: believed for another while, from what was known.
+        shared.extend(&setup, hash, entry, &holders, now);
     } else if let Some((member, info)) = other {
-        shared.recommit(&member, &info, now);
+        shared.recommit(&setup, &member, &info, now);
     } else {
         shared.cache.remove(hash);
     }

@@ -13,6 +13,7 @@ use crate::cache::memory::{Entry, Lookup, NarInfoCache, UpstreamId};
 use crate::cache::policy::Freshness;
 use crate::cache::single_flight::SingleFlight;
 use crate::codec::compression::Encoder;
+use crate::nix::hash::NarHash;
 use crate::nix::path_info::{PathInfo, Verified};
 use crate::nix::store_path::StorePathHash;
 
@@ -25,8 +26,9 @@ use super::{Options, Setup, now};
 /// Everything that handles, flights and background tasks share.
 pub(super) struct Shared {
     pub(super) options: Options,
-    // Never held over an await. The cache's own locks are taken under it.
-    pub(super) setup: RwLock<Arc<Setup>>,
+    // Never held over an await. Held while the cache changes, so that nothing of an old setup is
+    // kept beside a new one; no other lock is taken under it.
+    setup: RwLock<Arc<Setup>>,
     pub(super) cache: NarInfoCache,
     pub(super) flights: SingleFlight<StorePathHash, Option<Arc<Entry>>>,
     pub(super) counters: Counters,
@@ -76,14 +78,60 @@ impl Shared {
         Arc::clone(&setup)
     }
 
-    /// Publishes a checked path info and keeps it; the NAR that was chosen before is kept to.
-    pub(super) fn commit(&self, member: &Member, verified: &Verified, now: Instant) -> Arc<Entry> {
-        let hash = verified.path.hash();
-        if let Lookup::Present(entry, Freshness::Fresh) = self.cache.get(hash, now) {
-            self.note_holder(&entry, member, verified);
-            return entry;
+    /// Runs `keep` unless other upstreams or keys were taken in since `setup` was read.
+    ///
+    /// Else an answer that was under way would bring back trust that the operator has withdrawn.
+    pub(super) fn if_current<T>(&self, setup: &Arc<Setup>, keep: impl FnOnce() -> T) -> Option<T> {
+        let current = self.setup.read().unwrap_or_else(PoisonError::into_inner);
+        Arc::ptr_eq(&current, setup).then(keep)
+    }
+
+    /// Takes new upstreams and keys.
+    ///
+    /// What was found stays where the same keys sign and all upstreams stay, since it may be all
+    /// that is known of a sick one; otherwise it is forgotten, and "not there" in any case.
+    pub(super) fn replace(&self, setup: Setup) {
+        let mut current = self.setup.write().unwrap_or_else(PoisonError::into_inner);
+        let stays = |member: &Arc<Member>| setup.member(member.id).is_some();
+        let only_more =
+            current.publisher.publishes_as(&setup.publisher) && current.members.iter().all(stays);
+        *current = Arc::new(setup);
+        if only_more {
+            self.cache.clear_absent();
+        } else {
+            self.cache.clear();
         }
-        self.recommit(member, verified, now)
+    }
+
+    /// Publishes a checked path info and keeps it; the NAR that was chosen before is kept to.
+    ///
+    /// `None`: the setup was replaced meanwhile, ask again.
+    pub(super) fn commit(
+        &self,
+        setup: &Arc<Setup>,
+        member: &Member,
+        verified: &Verified,
+        now: Instant,
+    ) -> Option<Arc<Entry>> {
+        match self.cache.get(verified.path.hash(), now) {
+            Lookup::Present(entry, freshness)
+                if freshness == Freshness::Fresh || entry.nar_hash != verified.nar_hash =>
+            {
+                self.note_holder(&entry, member, verified);
+                self.if_current(setup, || entry)
+            }
+            _ => self.recommit(setup, member, verified, now),
+        }
+    }
+
+    /// Remembers for a moment that nobody has a path; `None` as with [`Self::commit`].
+    pub(super) fn commit_absent(
+        &self,
+        setup: &Arc<Setup>,
+        hash: StorePathHash,
+        now: Instant,
+    ) -> Option<()> {
+        self.if_current(setup, || self.cache.commit_absent(hash, now))
     }
 
     /// Records a late answer: one more holder, or one of different bytes.
@@ -107,44 +155,43 @@ impl Shared {
         }
     }
 
-    /// Publishes anew, in place of what was kept.
-    ///
-    /// An answer of an upstream that a reload took out is given to who asked, and not kept.
+    /// Publishes anew, in place of what was kept; `None` as with [`Self::commit`].
     pub(super) fn recommit(
         &self,
+        setup: &Arc<Setup>,
         member: &Member,
         verified: &Verified,
         now: Instant,
-    ) -> Arc<Entry> {
-        // Held until the entry is in: a reload then clears what was signed with the old keys.
-        let setup = self.setup.read().unwrap_or_else(PoisonError::into_inner);
+    ) -> Option<Arc<Entry>> {
         let text = setup.publisher.publish(verified);
         let entry = Arc::new(Entry::new(text, verified.nar_hash, member.id, now));
-        if setup.member(member.id).is_some() {
+        self.if_current(setup, || {
             self.cache.commit(verified.path.hash(), Arc::clone(&entry));
-        }
-        entry
+            entry
+        })
     }
 
-    /// Believes what is known for another while.
-    pub(super) fn extend(&self, hash: StorePathHash, entry: &Arc<Entry>, now: Instant) {
-        let _no_reload = self.setup.read().unwrap_or_else(PoisonError::into_inner);
-        match self.cache.get(hash, now) {
-            Lookup::Present(kept, _) if Arc::ptr_eq(&kept, entry) => {}
-            _ => return,
-        }
-        let mut holders = entry.holders().into_iter();
-        let Some(first) = holders.next() else {
+    /// Believes what is known for another while, of these holders.
+    pub(super) fn extend(
+        &self,
+        setup: &Arc<Setup>,
+        hash: StorePathHash,
+        entry: &Entry,
+        holders: &[UpstreamId],
+        now: Instant,
+    ) {
+        let Some((first, others)) = holders.split_first() else {
             return;
         };
-        let fresh = Entry::new(entry.text.clone(), entry.nar_hash, first, now);
-        holders.for_each(|id| fresh.add_holder(id));
-        self.cache.commit(hash, Arc::new(fresh));
+        let fresh = Entry::new(entry.text.clone(), entry.nar_hash, *first, now);
+        others.iter().for_each(|id| fresh.add_holder(*id));
+        self.if_current(setup, || self.cache.commit(hash, Arc::new(fresh)));
     }
 
-    /// Notes that an upstream does not have a path any more.
-    pub(super) fn forget_holder(&self, hash: StorePathHash, id: UpstreamId) {
+    /// Notes that an upstream does not have this NAR of a path any more.
+    pub(super) fn forget_holder(&self, hash: StorePathHash, nar_hash: NarHash, id: UpstreamId) {
         if let Lookup::Present(entry, _) = self.cache.get(hash, now())
+            && entry.nar_hash == nar_hash
             && entry.remove_holder(id)
         {
             self.cache.remove(hash);
@@ -178,11 +225,7 @@ impl Shared {
                 };
                 match member.upstream.keep(&path).await {
                     Ok(true) => return,
-                    Ok(false) => {
-                        if entry.remove_holder(id) {
-                            shared.cache.remove(hash);
-                        }
-                    }
+                    Ok(false) => shared.forget_holder(hash, entry.nar_hash, id),
                     Err(error) => {
                         let upstream = member.upstream.name();
                         debug!(upstream, %path, %error, "could not be kept alive");

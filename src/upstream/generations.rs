@@ -9,7 +9,8 @@
 //!              |-- current --|-- previous -|      second
 //! ```
 //!
-//! A path is held for one lifetime at least and two at most after it was asked for last.
+//! A path is held for one lifetime at least and two at most after it was asked for last. The paths of
+//! a connection that was lost are orphans until they are rooted anew, or their time is over.
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
@@ -21,6 +22,8 @@ use crate::nix::store_path::StorePath;
 pub struct Generations<C> {
     current: Option<Generation<C>>,
     previous: Option<Generation<C>>,
+    /// Paths whose connection was lost, and until when they were to be held.
+    orphans: Option<(HashSet<StorePath>, Instant)>,
     lifetime: Duration,
     /// A generation with so many roots takes no more, so that memory is bounded.
     roots_max: usize,
@@ -40,6 +43,7 @@ impl<C: Clone> Generations<C> {
         Self {
             current: None,
             previous: None,
+            orphans: None,
             lifetime,
             roots_max: roots_max.max(1),
         }
@@ -47,6 +51,13 @@ impl<C: Clone> Generations<C> {
 
     /// Moves on to `now`: what is too old takes no more roots, or is dropped.
     pub fn advance(&mut self, now: Instant) {
+        if self
+            .orphans
+            .as_ref()
+            .is_some_and(|(_, until)| *until <= now)
+        {
+            self.orphans = None;
+        }
         let age = |since: Instant| now.saturating_duration_since(since);
         let ended = |g: &Generation<C>, lifetimes| age(g.since) >= self.lifetime * lifetimes;
         if self.previous.as_ref().is_some_and(|g| ended(g, 2)) {
@@ -64,6 +75,11 @@ impl<C: Clone> Generations<C> {
     /// Returns what holds the current generation.
     pub fn current(&self) -> Option<C> {
         self.current.as_ref().map(|g| g.carrier.clone())
+    }
+
+    /// Tells until when the current generation takes roots.
+    pub fn current_until(&self) -> Option<Instant> {
+        self.current.as_ref().map(|g| g.since + self.lifetime)
     }
 
     /// Begins a generation.
@@ -90,20 +106,41 @@ impl<C: Clone> Generations<C> {
         }
     }
 
-    /// Drops what `is` says is lost, with its roots.
+    /// Drops what `is` says is lost; its paths are orphans now.
     pub fn lose(&mut self, is: impl Fn(&C) -> bool) {
         for generation in [&mut self.current, &mut self.previous] {
-            if generation.as_ref().is_some_and(|g| is(&g.carrier)) {
-                *generation = None;
+            if let Some(lost) = generation.take_if(|g| is(&g.carrier)) {
+                if lost.kept.is_empty() {
+                    continue;
+                }
+                let until = lost.since + self.lifetime * 2;
+                let empty = || (HashSet::new(), until);
+                let (orphans, last) = self.orphans.get_or_insert_with(empty);
+                orphans.extend(lost.kept);
+                *last = until.max(*last);
             }
         }
+    }
+
+    /// Tells whether there are paths to be rooted anew.
+    pub fn has_orphans(&self) -> bool {
+        self.orphans.is_some()
+    }
+
+    /// Takes the paths that are to be rooted anew.
+    pub fn take_orphans(&mut self) -> HashSet<StorePath> {
+        self.orphans
+            .take()
+            .map(|(paths, _)| paths)
+            .unwrap_or_default()
     }
 
     /// Tells when [`advance`](Self::advance) has something to do next.
     pub fn next_change(&self) -> Option<Instant> {
         let current = self.current.as_ref().map(|g| g.since + self.lifetime);
         let previous = self.previous.as_ref().map(|g| g.since + self.lifetime * 2);
-        current.into_iter().chain(previous).min()
+        let orphans = self.orphans.as_ref().map(|(_, until)| *until);
+        current.into_iter().chain(previous).chain(orphans).min()
     }
 }
 
@@ -169,6 +206,21 @@ mod tests {
         all.lose(|c| *c == 1);
         assert!(all.previous.is_none());
         all.lose(|c| *c == 2);
+        assert_eq!(all.current(), None);
+        assert_eq!(all.take_orphans(), HashSet::from([path("a"), path("b")]));
         assert_eq!(all.next_change(), None);
+    }
+
+    #[test]
+    fn orphans_have_their_time_too() {
+        let start = Instant::now();
+        let mut all = Generations::new(L, 100);
+        all.begin(1, start);
+        all.note(|_| true, path("a"));
+        all.lose(|_| true);
+        all.advance(start + L);
+        assert!(all.has_orphans());
+        all.advance(start + L * 2);
+        assert!(!all.has_orphans());
     }
 }

@@ -12,6 +12,7 @@ mod leased;
 pub mod memory;
 pub mod pool;
 mod pool_choice;
+mod realisations;
 pub mod roots;
 pub mod runtime_dir;
 pub mod session;

@@ -345,3 +345,6 @@ const ATTEMPTS: usize = 3;
 
 /// Idle sessions that stay.
 const WARM: usize = 1;
+
+#[cfg(test)]
+mod tests;

@@ -130,12 +130,7 @@ impl Shared {
                 }
                 Ok(valid)
             }
-            (Some(Err(error)), _) | (_, Some(Err(error))) => {
-                if session.is_closed() {
-                    self.generations().lose(ours);
-                }
-                Err(session.explain(error).await)
-            }
+            (Some(Err(error)), _) | (_, Some(Err(error))) => Err(session.explain(error).await),
             _ => Err(Error::Protocol("another answer than asked for".into())),
         }
     }
@@ -166,13 +161,42 @@ impl Shared {
         Ok(Arc::new(session))
     }
 
-    /// Opens a spare session where one is wanted; `false` when that failed.
+    /// Roots anew what a lost connection held; `false` when that failed.
+    async fn adopt(&self) -> bool {
+        if !self.generations().has_orphans() {
+            return true;
+        }
+        let session = match self.session().await {
+            Ok(session) => session,
+            Err(error) => {
+                debug!(upstream = %self.name, %error, "cannot root anew what was lost");
+                return false;
+            }
+        };
+        // What is gone meanwhile does not matter; if this connection is lost too, they are
+        // orphans again.
+        let orphans = self.generations().take_orphans();
+        let requests = orphans.iter().cloned().map(Request::AddTempRoot).collect();
+        let answers = timeout(self.options.query_timeout, session.ask_many(requests)).await;
+        let rooted = answers.map_or(0, |answers| answers.iter().filter(|a| a.is_ok()).count());
+        debug!(upstream = %self.name, paths = orphans.len(), rooted, "rooted anew");
+        let mut generations = self.generations();
+        for path in orphans {
+            generations.note(|other| Arc::ptr_eq(other, &session), path);
+        }
+        true
+    }
+
+    /// Opens a spare session where one will soon be of use; `false` when that failed.
     async fn prepare(&self) -> bool {
         let ready = self
             .spare()
             .as_ref()
             .is_some_and(|spare| !spare.is_closed());
-        if ready || !self.warm.load(Ordering::Relaxed) {
+        let soon = self
+            .spare_at()
+            .is_none_or(|at| at <= Instant::now().into_std());
+        if ready || !soon || !self.warm.load(Ordering::Relaxed) {
             return true;
         }
         match self.open().await {
@@ -187,6 +211,13 @@ impl Shared {
         }
     }
 
+    /// Returns from when on a spare session is of use: shortly before the current generation ends;
+    /// `None`: now.
+    fn spare_at(&self) -> Option<std::time::Instant> {
+        let until = self.generations().current_until()?;
+        until.checked_sub(SPARE_BEFORE)
+    }
+
     fn spare(&self) -> MutexGuard<'_, Option<Arc<Session>>> {
         self.spare.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -199,22 +230,33 @@ impl Shared {
     }
 }
 
-/// Lets generations end in time, also when nothing is asked, and keeps a session ready.
+/// Lets generations end in time, also when nothing is asked, makes good the loss of one, and keeps
+/// a session ready for the next.
 async fn keep(shared: Arc<Shared>) {
     loop {
-        let prepared = shared.prepare().await;
-        let next = {
-            let mut generations = shared.generations();
-            generations.advance(Instant::now().into_std());
-            generations.next_change().map(Instant::from)
+        let current = shared.current();
+        let well = shared.adopt().await && shared.prepare().await;
+        let now = Instant::now().into_std();
+        // One after the other: each takes the lock.
+        let change = shared.generations().next_change();
+        let spare = shared.spare_at().filter(|at| *at > now);
+        let retry = (!well).then(|| now + RETRY);
+        let ended = async {
+            match change.into_iter().chain(spare).chain(retry).min() {
+                Some(at) => sleep_until(at.into()).await,
+                None => std::future::pending().await,
+            }
         };
-        let retry = (!prepared).then(|| Instant::now() + RETRY);
-        match next.into_iter().chain(retry).min() {
-            None => shared.changed.notified().await,
-            Some(at) => tokio::select! {
-                () = sleep_until(at) => {}
-                () = shared.changed.notified() => {}
-            },
+        let lost = async {
+            match &current {
+                Some(session) => session.closed().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            _ = lost => {}
+            () = ended => {}
+            () = shared.changed.notified() => {}
         }
     }
 }
@@ -230,5 +272,8 @@ impl Default for RootsOptions {
     }
 }
 
-/// Pause before a spare session is tried again.
+/// How long before the end of a generation the session for the next is opened.
+const SPARE_BEFORE: Duration = Duration::from_secs(30);
+
+/// Pause before a spare session, or rooting anew, is tried again.
 const RETRY: Duration = Duration::from_secs(10);

@@ -117,6 +117,11 @@ impl Standing {
         }
     }
 
+    /// Waits while the link is connecting; fails when it is down.
+    pub async fn ready(&self) -> Result<(), Error> {
+        self.live_after(0).await.map(drop)
+    }
+
     /// Asks one question.
     ///
     /// Dropped, the question may still reach the store; its answer is thrown away.
@@ -382,3 +387,6 @@ impl Default for StandingOptions {
 
 /// An attempt younger than this is not given up for another.
 const FRESH: Duration = Duration::from_secs(2);
+
+#[cfg(test)]
+mod tests;

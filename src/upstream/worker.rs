@@ -5,6 +5,7 @@
 //! path_infos(…)     QueryPathInfo, pipelined                 look-up connection
 //! nar(info)         NarFromPath                              sessions of their own (pool)
 //! keep(path)        AddTempRoot, IsValidPath                 connections of their own (roots)
+//! realisation(id)   QueryRealisation                         look-up connection, once tried
 //! build_log(drv)    a file, or nix-store --read-log          a connection of its own (build_log)
 //! ```
 
@@ -19,6 +20,7 @@ use tokio::time::timeout;
 
 use super::build_log::{BuildLogs, LogOptions};
 use super::pool::{Pool, PoolOptions};
+use super::realisations::Realisations;
 use super::roots::{Roots, RootsOptions};
 use super::standing::{Standing, StandingOptions};
 use super::wire::Dial;
@@ -37,6 +39,7 @@ pub struct WorkerUpstream {
     standing: Standing,
     pool: Arc<Pool>,
     roots: Arc<Roots>,
+    realisations: Realisations,
     logs: BuildLogs,
     log_options: LogOptions,
     // Warms the pool; aborted when the upstream is dropped.
@@ -86,12 +89,21 @@ impl WorkerUpstream {
             logs,
             store_dir,
         } = setup;
+        let session = options.standing.session.clone();
+        let query_timeout = options.standing.query_timeout;
         let standing = Standing::start(name.clone(), dial.clone(), options.standing);
         let pool = Arc::new(Pool::new(name.clone(), dial.clone(), options.pool));
-        let roots = Arc::new(Roots::new(name.clone(), dial, options.roots));
+        let roots = Arc::new(Roots::new(name.clone(), dial.clone(), options.roots));
         Self {
             warmer: tokio::spawn(warm(standing.link(), pool.clone(), roots.clone())),
             roots,
+            realisations: Realisations::new(
+                name.clone(),
+                dial,
+                session,
+                query_timeout,
+                standing.link(),
+            ),
             log_options: options.logs,
             name,
             store_dir,
@@ -192,7 +204,7 @@ impl Upstream for WorkerUpstream {
 
     async fn realisation(&self, id: &DrvOutput) -> Result<Option<Realisation>, Error> {
         let question = Request::QueryRealisation(id.clone());
-        match known(self.standing.ask(question).await)? {
+        match self.realisations.ask(&self.standing, question).await? {
             None => Ok(None),
             Some(Reply::Realisation(found)) => Ok(found),
             Some(_) => Err(unasked()),
@@ -201,7 +213,7 @@ impl Upstream for WorkerUpstream {
 
     async fn build_trace(&self, key: &BuildTraceKey) -> Result<Option<BuildTraceEntry>, Error> {
         let question = Request::QueryBuildTrace(key.clone());
-        match known(self.standing.ask(question).await)? {
+        match self.realisations.ask(&self.standing, question).await? {
             None => Ok(None),
             Some(Reply::BuildTrace(found)) => Ok(found),
             Some(_) => Err(unasked()),
@@ -219,16 +231,6 @@ async fn warm(mut link: watch::Receiver<Link>, pool: Arc<Pool>, roots: Arc<Roots
         if link.changed().await.is_err() {
             return;
         }
-    }
-}
-
-/// Reads "the feature is off" and "this daemon is too old" as "there is none".
-fn known(answer: Result<Reply, Error>) -> Result<Option<Reply>, Error> {
-    match answer {
-        Ok(reply) => Ok(Some(reply)),
-        Err(Error::Unsupported(_)) => Ok(None),
-        Err(Error::Remote(text)) if text.contains("ca-derivations") => Ok(None),
-        Err(error) => Err(error),
     }
 }
 

@@ -351,9 +351,16 @@ impl Drop for Sshd {
     }
 }
 
+impl Daemon {
+    /// The processes that carry connections.
+    pub fn sessions(&self) -> Vec<i32> {
+        children(self.child.id())
+    }
+}
+
 impl Drop for Daemon {
     fn drop(&mut self) {
-        for pid in children(self.child.id()) {
+        for pid in self.sessions() {
             signal(pid, rustix::process::Signal::KILL);
         }
         let _ = self.child.kill();

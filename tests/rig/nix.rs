@@ -21,11 +21,16 @@ pub enum Nix {
 impl Nix {
     /// The one that this run of the tests is about: `MUSTER_TEST_NIX`, 2.8 by default.
     pub fn under_test() -> Self {
-        match env::var("MUSTER_TEST_NIX").as_deref() {
-            Ok("2.8") | Err(_) => Self::Debian12,
-            Ok("2.26") => Self::Trixie,
-            Ok("2.34") => Self::Sid,
-            Ok(other) => panic!("MUSTER_TEST_NIX={other}: this rig has 2.8, 2.26 and 2.34"),
+        env::var("MUSTER_TEST_NIX").map_or(Self::Debian12, |version| Self::named(&version))
+    }
+
+    /// The one of a version: 2.8, 2.26 or 2.34.
+    pub fn named(version: &str) -> Self {
+        match version {
+            "2.8" => Self::Debian12,
+            "2.26" => Self::Trixie,
+            "2.34" => Self::Sid,
+            other => panic!("Nix {other}: this rig has 2.8, 2.26 and 2.34"),
         }
     }
 

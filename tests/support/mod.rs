@@ -39,6 +39,8 @@ pub enum NarScript {
     StallAt(usize),
     /// Gives it with its last byte flipped.
     FlipLast,
+    /// Gives the first bytes, the very first one flipped, and then an error.
+    FlipFirstBreakAt(usize),
     /// Says that it is gone.
     Gone,
 }
@@ -58,6 +60,8 @@ pub struct Scripted {
     pub questions: AtomicUsize,
     pub batches: AtomicUsize,
     pub nars: AtomicUsize,
+    /// NAR streams that somebody holds.
+    pub nars_open: Arc<AtomicUsize>,
     pub kept: Mutex<Vec<StorePath>>,
 }
 
@@ -77,6 +81,7 @@ impl Scripted {
             questions: AtomicUsize::new(0),
             batches: AtomicUsize::new(0),
             nars: AtomicUsize::new(0),
+            nars_open: Arc::default(),
             kept: Mutex::default(),
         })
     }
@@ -174,7 +179,8 @@ impl Upstream for Scripted {
                 .map(|c| Ok(Bytes::copy_from_slice(c)))
                 .collect()
         };
-        Ok(match script {
+        let open = Open::new(&self.nars_open);
+        let given: Option<NarStream> = match script {
             NarScript::Gone => None,
             NarScript::Whole => {
                 let held = move |_: &Result<Bytes, Error>| {
@@ -191,18 +197,48 @@ impl Upstream for Scripted {
                 let items = chunks(&nar[..at.min(nar.len())]);
                 Some(stream::iter(items).chain(stream::pending()).boxed())
             }
+            NarScript::FlipFirstBreakAt(at) => {
+                let mut bytes = nar[..at.min(nar.len())].to_vec();
+                bytes[0] ^= 1;
+                let mut items = chunks(&bytes);
+                items.push(Err(broken()));
+                Some(stream::iter(items).boxed())
+            }
             NarScript::FlipLast => {
                 let mut bytes = nar.to_vec();
                 *bytes.last_mut().unwrap() ^= 1;
                 Some(stream::iter(chunks(&bytes)).boxed())
             }
-        })
+        };
+        let held = |stream: NarStream| {
+            let held = stream.inspect(move |_| {
+                let _ = &open;
+            });
+            held.boxed()
+        };
+        Ok(given.map(held))
     }
 
     async fn keep(&self, path: &StorePath) -> Result<bool, Error> {
         self.kept.lock().unwrap().push(path.clone());
         let paths = self.paths.lock().unwrap();
         Ok(paths.contains_key(&path.hash()))
+    }
+}
+
+/// Counts a NAR stream for as long as somebody holds it.
+struct Open(Arc<AtomicUsize>);
+
+impl Open {
+    fn new(count: &Arc<AtomicUsize>) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(count))
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -297,32 +333,46 @@ pub struct Served {
 }
 
 pub async fn serve(substituter: Substituter) -> Served {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
+    serve_with(substituter, server_options()).await.0
+}
+
+pub fn server_options() -> server::Options {
+    server::Options {
+        connections_max: 64,
+        idle: Duration::from_secs(30),
+        write_stall: Duration::from_secs(30),
+        stop: Duration::from_secs(5),
+    }
+}
+
+/// Serves on two addresses; the second comes back, too.
+pub async fn serve_with(
+    substituter: Substituter,
+    options: server::Options,
+) -> (Served, SocketAddr) {
+    let listeners = [
+        TcpListener::bind("127.0.0.1:0").await.unwrap(),
+        TcpListener::bind("127.0.0.1:0").await.unwrap(),
+    ];
+    let [address, second] = [0, 1].map(|place| listeners[place].local_addr().unwrap());
     let (stop, stopped) = watch::channel(false);
     let (_, info) = watch::channel(Info {
         cache_info: Bytes::from_static(b"StoreDir: /nix/store\nWantMassQuery: 1\nPriority: 30\n"),
         public_keys: Bytes::from(format!("{}\n", key().public())),
     });
-    let options = server::Options {
-        connections_max: 64,
-        idle: Duration::from_secs(30),
-        write_stall: Duration::from_secs(30),
-        stop: Duration::from_secs(5),
-    };
-    let listeners = vec![Listener::Tcp(listener)];
     let task = tokio::spawn(server::serve(
-        listeners,
+        listeners.into_iter().map(Listener::Tcp).collect(),
         substituter,
         info,
         options,
         stopped,
     ));
-    Served {
+    let served = Served {
         address,
         stop,
         task,
-    }
+    };
+    (served, second)
 }
 
 /// A response as it came over the wire.

@@ -203,6 +203,8 @@ const EXCERPT_CHARS_MAX: usize = 200;
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn number(number: u64) -> Vec<u8> {
@@ -301,5 +303,28 @@ mod tests {
         let handshake = Handshake::begin(&mut BytesMut::new());
         assert!(handshake.end_of_input(b"no").is_some());
         assert!(handshake.end_of_input(b"").is_none());
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_bytes_never_panic(
+            minor in 0_u64..64,
+            greeting in any::<bool>(),
+            bytes in prop::collection::vec(any::<u8>(), 0..200),
+            size in 1_usize..30,
+        ) {
+            let mut daemon = Vec::new();
+            if greeting {
+                daemon.push(number(0x6478_696f));
+                daemon.push(number(0x100 + minor));
+            }
+            daemon.push(bytes);
+            // How much of a foreign greeting is shown depends on how much has come.
+            let result = |size| match play(&daemon, size).0 {
+                Err(HandshakeError::NotADaemon(_)) => None,
+                result => Some(result),
+            };
+            prop_assert_eq!(result(size), result(1));
+        }
     }
 }

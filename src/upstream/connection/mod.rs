@@ -259,12 +259,25 @@ where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
 {
+    let ending = Ending(questions.clone());
     let error = tokio::select! {
         error = reading.run() => error,
         error = writer::run(writer, &questions) => error,
     };
     questions.fail(&error);
     reading.fail(&error);
+    drop(ending);
+}
+
+/// Fails what waits even if the task is ended from outside or panics.
+struct Ending(Arc<Questions>);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        if self.0.broken().is_none() {
+            self.0.fail(&Error::Lost("the connection ended".into()));
+        }
+    }
 }
 
 fn refuse_stream(request: &Request) -> Result<(), Error> {

@@ -95,6 +95,10 @@ impl<R: AsyncRead + Unpin> Reading<R> {
     }
 
     async fn read(&mut self) -> Result<(), Error> {
+        if self.buffer.is_empty() && self.buffer.capacity() > READ_BYTES * 2 {
+            // A long answer made it grow.
+            self.buffer = BytesMut::new();
+        }
         if self.buffer.capacity() - self.buffer.len() < READ_BYTES_MIN {
             self.buffer.reserve(READ_BYTES);
         }

@@ -1,0 +1,281 @@
+//! One transfer over as many holders as it takes.
+//!
+//! NARs of one hash are the same bytes everywhere, so a transfer goes on from the next holder at
+//! the same byte; a store gives a NAR from its beginning only, so what the client has is skipped.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use futures_util::stream::BoxStream;
+use futures_util::{StreamExt as _, stream};
+use tokio::time::{sleep, timeout};
+use tracing::warn;
+
+use crate::codec::digest::{self, DigestError, NarDigest};
+use crate::nix::hash::NarHash;
+use crate::nix::path_info::PathInfo;
+use crate::upstream::{self, NarStream};
+
+use super::berth::Berth;
+use super::member::Member;
+use super::shared::Shared;
+use super::source::Source;
+use super::transfer::Error;
+
+/// The bytes of one NAR, unchecked, from one holder after the other.
+pub(super) struct Relay {
+    source: Source,
+    /// Where the bytes come from, while somebody asks for more.
+    current: Option<(Arc<Member>, NarStream)>,
+    /// Where that is left until somebody does.
+    berth: Arc<Berth>,
+    givers: Arc<Mutex<Givers>>,
+    offset: u64,
+    /// Bytes that the current holder repeats.
+    skip: u64,
+    cause: upstream::Error,
+}
+
+/// Who gave the bytes so far, to know whom to blame when they are wrong.
+// Behind a lock that is never held over an await; no other lock is taken under it.
+#[derive(Default)]
+struct Givers {
+    members: Vec<Arc<Member>>,
+    /// Of one that took over: all its bytes, those too that were skipped.
+    own: Option<NarDigest>,
+}
+
+impl Relay {
+    /// Begins with no holder.
+    pub(super) fn new(source: Source) -> Self {
+        Self {
+            berth: source.shared.berths.berth(),
+            source,
+            current: None,
+            givers: Arc::default(),
+            offset: 0,
+            skip: 0,
+            cause: upstream::Error::Down("nobody has it".into()),
+        }
+    }
+
+    /// Reads and checks the whole NAR; `None` when no holder gives it rightly.
+    ///
+    /// Dropped, the transfer ends.
+    pub(super) async fn whole(mut self) -> Option<Bytes> {
+        let (shared, info) = (Arc::clone(&self.source.shared), self.info());
+        loop {
+            let bytes = stream::unfold(&mut self, |relay| async move {
+                let item = relay.next().await?;
+                Some((item, relay))
+            });
+            match digest::whole(bytes.boxed(), info.nar_hash, info.nar_size).await {
+                Ok(nar) => {
+                    shared.counters.nar_bytes.add(nar.len() as u64);
+                    return Some(nar);
+                }
+                Err(DigestError::Source(_)) => return None,
+                Err(error) => {
+                    blame(&shared, &info, &self.givers, &error.to_string());
+                    // One that took over may be right; nothing was given out, so it can begin.
+                    for member in &lock(&self.givers).members {
+                        self.source.set_aside(member);
+                    }
+                    drop(self.berth.take_back());
+                    (self.current, self.offset, self.skip) = (None, 0, 0);
+                }
+            }
+        }
+    }
+
+    /// Begins a checked stream; `None` when no holder gives a first byte.
+    ///
+    /// Dropped, the transfer ends.
+    pub(super) async fn into_checked(mut self) -> Option<BoxStream<'static, Result<Bytes, Error>>> {
+        let (shared, info) = (Arc::clone(&self.source.shared), self.info());
+        let givers = Arc::clone(&self.givers);
+        // Nothing is promised to the client before somebody gives a first chunk.
+        let Some(Ok(first)) = self.next().await else {
+            return None;
+        };
+        let rest = stream::unfold(self, |mut relay| async move {
+            let item = relay.next().await?;
+            Some((item, relay))
+        });
+        let relayed = stream::iter([Ok(first)]).chain(rest);
+        let checked = digest::verified(relayed.boxed(), info.nar_hash, info.nar_size);
+        let named = checked.map(move |item| {
+            let error = match item {
+                Ok(chunk) => {
+                    shared.counters.nar_bytes.add(chunk.len() as u64);
+                    return Ok(chunk);
+                }
+                Err(error) => error,
+            };
+            shared.counters.nar_cut.increment();
+            Err(match error {
+                DigestError::Source(error) => {
+                    warn!(path = %info.path, %error, "transfer cut");
+                    error
+                }
+                error => {
+                    let cause = error.to_string();
+                    let upstream = blame(&shared, &info, &givers, &cause);
+                    Error::Corrupt { upstream, cause }
+                }
+            })
+        });
+        Some(named.boxed())
+    }
+
+    async fn next(&mut self) -> Option<Result<Bytes, Error>> {
+        self.current = self.current.take().or_else(|| self.berth.take_back());
+        if self.current.is_none()
+            && self.offset > 0
+            && let Some(last) = lock(&self.givers).members.last()
+        {
+            // It made room for others: the same holder, when it is its turn again.
+            self.source.try_again(last);
+        }
+        let item = self.next_of_current().await;
+        if let Some(current) = self.current.take() {
+            self.berth.leave(current);
+        }
+        item
+    }
+
+    async fn next_of_current(&mut self) -> Option<Result<Bytes, Error>> {
+        let (stall, stall_last) = {
+            let options = &self.source.shared.options.transfer;
+            (options.stall, options.stall_last)
+        };
+        loop {
+            let Some((member, nar)) = &mut self.current else {
+                if let Err(error) = self.take_next().await {
+                    return Some(Err(error));
+                }
+                continue;
+            };
+            if self.offset >= self.source.info.nar_size {
+                // What a holder gives beyond the end is for the check to see; one that gives
+                // nothing and does not end has given all.
+                let more = timeout(stall, nar.next()).await.ok()??;
+                return more.ok().map(Ok);
+            }
+            let timed_out = |after| upstream::Error::TimedOut {
+                question: "NAR",
+                after,
+            };
+            let error = tokio::select! {
+                biased;
+                item = nar.next() => match item {
+                    Some(Ok(chunk)) => match self.advance(chunk) {
+                        Some(fresh) => return Some(Ok(fresh)),
+                        None => continue,
+                    },
+                    Some(Err(error)) => error,
+                    None => upstream::Error::Lost("it ended early".into()),
+                },
+                () = self.source.another_after_stall() => {
+                    self.source.set_aside(member);
+                    timed_out(stall)
+                }
+                () = sleep(stall_last) => timed_out(stall_last),
+            };
+            self.drop_current(error);
+        }
+    }
+
+    /// Counts a chunk and cuts off what the client already has.
+    fn advance(&mut self, mut chunk: Bytes) -> Option<Bytes> {
+        let mut givers = lock(&self.givers);
+        if let Some(own) = &mut givers.own {
+            own.update(&chunk);
+        }
+        let repeated = usize::try_from(self.skip)
+            .unwrap_or(usize::MAX)
+            .min(chunk.len());
+        self.skip -= repeated as u64;
+        let _ = chunk.split_to(repeated);
+        self.offset += chunk.len() as u64;
+        if chunk.is_empty() {
+            return None;
+        }
+        if let Some((member, _)) = &self.current {
+            givers.add(member);
+        }
+        Some(chunk)
+    }
+
+    fn drop_current(&mut self, error: upstream::Error) {
+        if let Some((member, _)) = self.current.take() {
+            self.source.broke(&member, self.offset, &error);
+        }
+        self.cause = error;
+    }
+
+    async fn take_next(&mut self) -> Result<(), Error> {
+        let Some(next) = self.source.next_holder().await else {
+            return Err(Error::NoHolderLeft {
+                offset: self.offset,
+                cause: self.cause.clone(),
+            });
+        };
+        let mut givers = lock(&self.givers);
+        if self.offset == 0 {
+            *givers = Givers::default();
+        } else {
+            self.source.shared.counters.nar_resumed.increment();
+            givers.own = Some(NarDigest::default());
+        }
+        self.skip = self.offset;
+        self.current = Some(next);
+        Ok(())
+    }
+
+    fn info(&self) -> Arc<PathInfo> {
+        Arc::clone(&self.source.info)
+    }
+}
+
+impl Givers {
+    fn add(&mut self, member: &Arc<Member>) {
+        if self.members.last().is_none_or(|last| last.id != member.id) {
+            self.members.push(Arc::clone(member));
+        }
+    }
+
+    /// Tells whose bytes are wrong, once the last of them came.
+    fn to_blame(&self, expected: NarHash) -> &[Arc<Member>] {
+        let Some((last, earlier)) = self.members.split_last() else {
+            return &[];
+        };
+        match &self.own {
+            // All that the last one has is right, so what it took over was not.
+            Some(own) if own.clone().finish() == expected && !earlier.is_empty() => earlier,
+            _ => std::slice::from_ref(last),
+        }
+    }
+}
+
+/// Counts wrong bytes against those who gave them, asks them for this path no more for a while,
+/// and returns their names.
+fn blame(shared: &Shared, info: &PathInfo, givers: &Mutex<Givers>, cause: &str) -> String {
+    shared.counters.nar_corrupt.increment();
+    let mut names = Vec::new();
+    let givers = lock(givers);
+    for member in givers.to_blame(info.nar_hash) {
+        member.refused.fetch_add(1, Ordering::Relaxed);
+        shared.corrupt.insert((info.path.hash(), member.id), ());
+        shared.forget_holder(info.path.hash(), info.nar_hash, member.id);
+        names.push(member.upstream.name());
+    }
+    let upstream = names.join(", ");
+    warn!(upstream, path = %info.path, cause, "NAR does not fit its narinfo, nothing of it is kept");
+    upstream
+}
+
+fn lock(givers: &Mutex<Givers>) -> MutexGuard<'_, Givers> {
+    givers.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,169 @@
+//! Where the bytes of one NAR can be had: the known holders, then whoever else says to have it.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use futures_util::StreamExt as _;
+use tokio::time::sleep;
+use tracing::{debug, warn};
+
+use crate::cache::memory::UpstreamId;
+use crate::nix::hash::NarHash;
+use crate::nix::path_info::{PathInfo, Verified};
+use crate::upstream::{self, NarStream};
+
+use super::member::{Answer, Member};
+use super::nar_url::NarUrl;
+use super::query::{self, Answers};
+use super::shared::Shared;
+
+/// The holders of one NAR, each given out once, and once more if it was only slow.
+pub(super) struct Source {
+    pub(super) shared: Arc<Shared>,
+    pub(super) info: Arc<PathInfo>,
+    /// Holders to be tried, the best first.
+    waiting: VecDeque<Arc<Member>>,
+    tried: Vec<UpstreamId>,
+    /// Holders that stalled while there was another.
+    set_aside: Vec<Arc<Member>>,
+    /// How many of those were tried again.
+    tried_again: usize,
+    /// All others, once they are asked who has this NAR.
+    others: Option<Answers>,
+}
+
+impl Source {
+    /// Finds the path info of exactly the NAR that a URL names; `None`: nobody knows it.
+    pub(super) async fn locate(shared: &Arc<Shared>, url: &NarUrl) -> Option<Self> {
+        let entry = query::entry(shared, url.path_hash).await?;
+        let setup = shared.setup();
+        let (info, waiting, others) = if entry.nar_hash == url.nar_hash {
+            let holders = entry.holders().into_iter();
+            let members = holders.filter_map(|id| setup.member(id).cloned());
+            (setup.parse(&entry)?, members.collect(), None)
+        } else {
+            // A client remembers another build of this path; somebody may still have it.
+            let mut others = query::ask(&setup, url.path_hash, &[]).answers;
+            let (member, found) = next_of(&mut others, url.nar_hash).await?;
+            ((*found).clone(), VecDeque::from([member]), Some(others))
+        };
+        Some(Self {
+            shared: Arc::clone(shared),
+            info: Arc::new(info),
+            waiting,
+            tried: Vec::new(),
+            set_aside: Vec::new(),
+            tried_again: 0,
+            others,
+        })
+    }
+
+    /// Opens the NAR at the next holder that has it.
+    pub(super) async fn next_holder(&mut self) -> Option<(Arc<Member>, NarStream)> {
+        loop {
+            self.find_another().await;
+            let member = match self.waiting.pop_front() {
+                Some(member) => member,
+                None => self.next_set_aside()?,
+            };
+            self.tried.push(member.id);
+            if !self.may_give(&member) {
+                continue;
+            }
+            let (shared, info) = (Arc::clone(&self.shared), Arc::clone(&self.info));
+            let opened = tokio::select! {
+                opened = member.upstream.nar(&info) => opened,
+                never = shared.berths.make_room(member.id) => match never {},
+                () = member.sickness() => Err(upstream::Error::Down("it is sick".into())),
+                () = self.another_after_stall() => {
+                    debug!(upstream = member.upstream.name(), path = %info.path, "slow to begin");
+                    self.set_aside(&member);
+                    continue;
+                }
+            };
+            match member.note(opened) {
+                Ok(Some(stream)) => return Some((member, stream)),
+                Ok(None) => {
+                    let upstream = member.upstream.name();
+                    debug!(upstream, path = %info.path, "the path is gone");
+                    let hash = info.path.hash();
+                    self.shared.forget_holder(hash, info.nar_hash, member.id);
+                }
+                Err(error) => self.broke(&member, 0, &error),
+            }
+        }
+    }
+
+    /// Resolves after a stall, as soon as somebody else may give the NAR; never if nobody may.
+    ///
+    /// Dropped, nothing is lost.
+    pub(super) async fn another_after_stall(&mut self) {
+        sleep(self.shared.options.transfer.stall).await;
+        self.find_another().await;
+        if self.waiting.is_empty() {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// Lets a holder that stalls be tried once more when nobody else is left.
+    pub(super) fn set_aside(&mut self, member: &Arc<Member>) {
+        if !self.set_aside.iter().any(|m| m.id == member.id) {
+            self.set_aside.push(Arc::clone(member));
+        }
+    }
+
+    /// Lets a holder be the next, which was good so far.
+    pub(super) fn try_again(&mut self, member: &Arc<Member>) {
+        self.waiting.push_front(Arc::clone(member));
+    }
+
+    /// Says that a holder broke at a byte.
+    pub(super) fn broke(&self, member: &Member, offset: u64, error: &upstream::Error) {
+        let upstream = member.upstream.name();
+        warn!(upstream, path = %self.info.path, offset, %error, "NAR broke off, the next holder is tried");
+    }
+
+    /// Waits until a holder waits or no other upstream has the NAR; asks them when needed.
+    async fn find_another(&mut self) {
+        loop {
+            while self.waiting.front().is_some_and(|m| !self.may_give(m)) {
+                self.waiting.pop_front();
+            }
+            if !self.waiting.is_empty() {
+                return;
+            }
+            let others = self.others.get_or_insert_with(|| {
+                let setup = self.shared.setup();
+                query::ask(&setup, self.info.path.hash(), &self.tried).answers
+            });
+            match next_of(others, self.info.nar_hash).await {
+                Some((member, _)) if self.tried.contains(&member.id) => {}
+                Some((member, _)) => self.waiting.push_back(member),
+                None => return,
+            }
+        }
+    }
+
+    fn next_set_aside(&mut self) -> Option<Arc<Member>> {
+        let member = self.set_aside.get(self.tried_again)?;
+        self.tried_again += 1;
+        Some(Arc::clone(member))
+    }
+
+    fn may_give(&self, member: &Member) -> bool {
+        let known_bad = (self.info.path.hash(), member.id);
+        !member.is_sick() && !self.shared.corrupt.contains_key(&known_bad)
+    }
+}
+
+/// Waits for the next that has this NAR.
+async fn next_of(answers: &mut Answers, nar_hash: NarHash) -> Option<(Arc<Member>, Verified)> {
+    while let Some((member, answer)) = answers.next().await {
+        if let Answer::Found(found) = answer
+            && found.nar_hash == nar_hash
+        {
+            return Some((member, found));
+        }
+    }
+    None
+}
