@@ -26,15 +26,11 @@ impl Substituter {
             clock = now;
             for member in &setup.members {
                 // One that hangs is left to itself; the others, and the clock, are not.
-                if member.begin_care() {
-                    let (shared, cared) = (Arc::clone(&self.shared), Arc::clone(member));
-                    let begun = self.shared.tasks.spawn(async move {
+                if let Some(cared) = member.begin_care(now.0) {
+                    let shared = Arc::clone(&self.shared);
+                    self.shared.tasks.spawn(async move {
                         shared.care_for(&cared, now.0).await;
-                        cared.end_care();
                     });
-                    if !begun {
-                        member.end_care();
-                    }
                 }
             }
         }

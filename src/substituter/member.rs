@@ -1,5 +1,6 @@
 //! One upstream as the substituter sees it: with its trust and its health.
 
+use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -187,8 +188,7 @@ impl Member {
 
     /// Asks something cheap where the upstream is connected but sick, so that it can recover.
     pub async fn probe(&self, now: Instant) {
-        let connected = matches!(self.link(), Link::Up { .. });
-        if !connected || self.is_ourselves() || self.standing(now) != Standing::Sick {
+        if !self.wants_probe(now) {
             return;
         }
         let nobody = StorePathHash([0; 20]);
@@ -197,16 +197,17 @@ impl Member {
         }
     }
 
-    /// Claims the care for this upstream; `false` while an earlier round goes on.
-    ///
-    /// The upstream's own time-outs bound a round.
-    pub fn begin_care(&self) -> bool {
-        !self.in_care.swap(true, Ordering::Relaxed)
+    /// Claims the care for this upstream; `None` when it needs none, or while an earlier round
+    /// goes on, which the upstream's own time-outs bound.
+    pub fn begin_care(self: &Arc<Self>, now: Instant) -> Option<InCare> {
+        let needed = self.wants_vetting() || self.wants_probe(now);
+        let begun = needed && !self.in_care.swap(true, Ordering::Relaxed);
+        begun.then(|| InCare(Arc::clone(self)))
     }
 
-    /// Lets the next round begin.
-    pub fn end_care(&self) {
-        self.in_care.store(false, Ordering::Relaxed);
+    fn wants_probe(&self, now: Instant) -> bool {
+        let connected = matches!(self.link(), Link::Up { .. });
+        connected && !self.is_ourselves() && self.standing(now) == Standing::Sick
     }
 
     /// Begins anew after the machine slept: old connections are dead, old time-outs mean nothing.
@@ -234,6 +235,23 @@ impl Member {
 
     fn record(&self) -> MutexGuard<'_, Record> {
         self.record.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The claim on an upstream's care; dropped, the next round may begin.
+pub struct InCare(Arc<Member>);
+
+impl Deref for InCare {
+    type Target = Member;
+
+    fn deref(&self) -> &Member {
+        &self.0
+    }
+}
+
+impl Drop for InCare {
+    fn drop(&mut self) {
+        self.0.in_care.store(false, Ordering::Relaxed);
     }
 }
 
