@@ -90,8 +90,16 @@ fn bind(address: &ListenAddress) -> anyhow::Result<(Listener, ListenAddress)> {
         }
         ListenAddress::Unix(path) => {
             remove_stale(path)?;
-            let listener = UnixListener::bind(path)
-                .with_context(|| format!("cannot listen on {}", path.display()))?;
+            let listener = UnixListener::bind(path).map_err(|error| {
+                let remedy = match error.kind() {
+                    ErrorKind::NotFound => ": make its folder first",
+                    ErrorKind::PermissionDenied => ": this user may not write to its folder",
+                    ErrorKind::AddrInUse => ": there is a file of this name, which is no socket",
+                    _ => "",
+                };
+                let what = format!("cannot listen on unix:{}{remedy}", path.display());
+                anyhow::Error::new(error).context(what)
+            })?;
             // As with a TCP port, who may talk to it is decided by the folder it is in.
             fs::set_permissions(path, fs::Permissions::from_mode(0o666))
                 .with_context(|| format!("cannot open {} to clients", path.display()))?;
@@ -116,7 +124,10 @@ fn remove_stale(path: &Path) -> anyhow::Result<()> {
     let is_socket = fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket());
     if is_socket {
         if std::os::unix::net::UnixStream::connect(path).is_ok() {
-            bail!("cannot listen on {}: another process does", path.display());
+            bail!(
+                "cannot listen on unix:{}: another process does; stop it or choose another path",
+                path.display()
+            );
         }
         fs::remove_file(path)
             .with_context(|| format!("cannot remove the stale socket {}", path.display()))?;
