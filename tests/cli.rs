@@ -287,6 +287,72 @@ fn what_a_configuration_means_is_said() {
 }
 
 #[test]
+fn machines_files_that_cannot_be_read_are_named_with_the_way_out() {
+    let place = Place::new();
+    let folder = place.path("folder").display().to_string();
+    fs::create_dir(&folder).expect("make a folder");
+    for args in [
+        ["serve", "--machines", &folder],
+        ["serve", "--machines", "/none"],
+    ] {
+        place.muster(&args).refused(
+            1,
+            &[
+                &format!("machines file {}", args[2]),
+                "--no-machines",
+                "os error",
+            ],
+        );
+    }
+    let (a, b) = (
+        place.path("a").display().to_string(),
+        place.path("b").display().to_string(),
+    );
+    place.write(
+        "a",
+        &format!("ssh-ng://one\n@{b}\n@{folder}\n@/none\nssh-ng://two\n"),
+    );
+    place.write("b", &format!("# more\nssh-ng://three;@{a}\n"));
+    let file = place.write("muster.toml", &format!("machines = \"{a}\"\n"));
+    let checked = place.muster(&["check-config", &file]);
+    assert_eq!(checked.status, 1);
+    for words in [
+        "upstream     ssh-ng://one ",
+        "upstream     ssh-ng://two ",
+        "upstream     ssh-ng://three ",
+        &format!("error        {b}:2:16: cannot include \"{a}\": the file includes itself"),
+        &format!("error        {a}:3:1: cannot include \"{folder}\": Is a directory"),
+    ] {
+        assert!(
+            checked.out.contains(words),
+            "no {words:?} in\n{}",
+            checked.out
+        );
+    }
+}
+
+#[test]
+fn places_that_cannot_be_used_are_named_with_the_way_out() {
+    let place = Place::new();
+    let file = place.write("file", "");
+    let none = place.path("none/socket").display().to_string();
+    for (listen, words) in [
+        (format!("unix:{none}"), "make its folder first"),
+        (format!("unix:{file}"), "which is no socket"),
+    ] {
+        let args = ["serve", "--no-machines", "--listen", &listen];
+        place.muster(&args).refused(1, &[&listen, words]);
+    }
+    let held = std::os::unix::net::UnixListener::bind(place.path("held")).expect("bind");
+    let listen = format!("unix:{}", place.path("held").display());
+    let args = ["serve", "--no-machines", "--listen", &listen];
+    place
+        .muster(&args)
+        .refused(1, &[&listen, "another process does"]);
+    drop(held);
+}
+
+#[test]
 fn keys_are_interchangeable_with_those_of_nix() {
     let place = Place::new();
     let (secret, public) = (place.path("ours.sec"), place.path("ours.pub"));

@@ -29,6 +29,11 @@ pub(super) fn start(config: &Config, addresses: &[ListenAddress], setup: &Setup)
     text.push_str(&format!("extra-substituters = {}\n", url(addresses)));
     text.push_str(&format!("extra-trusted-public-keys = {keys}\n"));
     text.push_str("narinfo-cache-negative-ttl = 60\n\n");
+    if !addresses.iter().any(|a| matches!(a, ListenAddress::Tcp(_))) {
+        text.push_str(
+            "Nix cannot use a Unix socket: put an HTTP server before it, and its address in the first line.\n",
+        );
+    }
     if setup.members.is_empty() {
         text.push_str("No upstreams: name builders in /etc/nix/machines or with --upstream.\n");
     }

@@ -95,8 +95,16 @@ fn bind(
         }
         ListenAddress::Unix(path) => {
             remove_stale(path)?;
-            let listener = UnixListener::bind(path)
-                .with_context(|| format!("cannot listen on {}", path.display()))?;
+            let listener = UnixListener::bind(path).map_err(|error| {
+                let remedy = match error.kind() {
+                    ErrorKind::NotFound => ": make its folder first",
+                    ErrorKind::PermissionDenied => ": this user may not write to its folder",
+                    ErrorKind::AddrInUse => ": there is a file of this name, which is no socket",
+                    _ => "",
+                };
+                let what = format!("cannot listen on unix:{}{remedy}", path.display());
+                anyhow::Error::new(error).context(what)
+            })?;
             // As with a TCP port, who may talk to it is decided by the folder it is in.
             fs::set_permissions(path, fs::Permissions::from_mode(0o666))
                 .with_context(|| format!("cannot open {} to clients", path.display()))?;
@@ -130,7 +138,10 @@ fn remove_stale(path: &Path) -> anyhow::Result<()> {
     if is_socket {
         match UnixStream::connect(path) {
             Err(error) if error.kind() == ErrorKind::ConnectionRefused => {}
-            Ok(_) => bail!("cannot listen on {}: another process does", path.display()),
+            Ok(_) => bail!(
+                "cannot listen on unix:{}: another process does; stop it or choose another path",
+                path.display()
+            ),
             Err(error) => {
                 return Err(error).with_context(|| {
                     format!("cannot tell whether somebody listens on {}", path.display())

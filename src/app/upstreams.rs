@@ -38,7 +38,12 @@ impl Upstreams {
             .map(PathBuf::from)
             .unwrap_or_else(std::env::temp_dir);
         let runtime_dir = RuntimeDir::create(&parent)
-            .with_context(|| format!("cannot make a folder in {}", parent.display()))?;
+            .with_context(|| {
+                format!(
+                    "cannot make a folder for ssh's files in {}; name another with RUNTIME_DIRECTORY or TMPDIR",
+                    parent.display()
+                )
+            })?;
         let ssh_options = std::env::var("NIX_SSHOPTS").unwrap_or_default();
         Ok(Self {
             running: HashMap::new(),

@@ -192,7 +192,10 @@ Environment:
   CREDENTIALS_DIRECTORY       where key files named without slash are looked up (systemd)
   NIX_DAEMON_SOCKET_PATH      the socket of this machine's own daemon
   NIX_LOG_DIR                 where its build logs are; else /nix/var/log/nix
-  NIX_SSHOPTS                 options for ssh
+  NIX_SSHOPTS                 options for ssh, split as a shell does
+  RUNTIME_DIRECTORY           where pinned host keys are written for ssh; else TMPDIR or /tmp
+  LISTEN_FDS, NOTIFY_SOCKET, WATCHDOG_USEC
+                              systemd's sockets, notifications and watchdog
   NO_COLOR                    no colours on a terminal
 
 Files:

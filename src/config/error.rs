@@ -57,7 +57,7 @@ pub enum Error {
         cause: Box<KeyFileError>,
     },
     /// The machines file that was asked for cannot be read.
-    #[error("{at}cannot read the machines file {}", path.display())]
+    #[error("{at}cannot read the machines file {}; name another with --machines, or none with --no-machines", path.display())]
     Machines {
         /// Where it is named, if in a file.
         at: At,
