@@ -46,6 +46,8 @@ pub(super) async fn upstreams(setup: Arc<Setup>) {
         let mut link = member.upstream.link();
         let known = link.wait_for(|link| !matches!(link, Link::Connecting { .. }));
         let _ = tokio::time::timeout(SETTLING, known).await;
+        // A store of another directory shows itself at the first question only.
+        tokio::time::sleep(FIRST_QUESTION).await;
         member
     });
     let mut settled: FuturesUnordered<_> = settled.collect();
@@ -117,3 +119,4 @@ mod tests {
         assert_eq!(url(&["unix:/run/m"]), format!("http://{host}"));
     }
 }
+const FIRST_QUESTION: Duration = Duration::from_millis(250);

@@ -41,13 +41,7 @@ impl Session {
         let opening = async {
             let wire = dial.dial(purpose).await?;
             guard = wire.guard;
-            let connection = options.connection.clone();
-            let store_dir = connection.store_dir.clone();
-            let connection = Connection::open(wire.reader, wire.writer, connection).await?;
-            if purpose == Purpose::Lookup {
-                check_store_dir(&connection, &store_dir).await?;
-            }
-            Ok(connection)
+            Connection::open(wire.reader, wire.writer, options.connection.clone()).await
         };
         let opened = timeout(options.connect_timeout, opening).await;
         match opened {
@@ -92,6 +86,26 @@ impl Session {
         Instant::from_std(self.connection.last_heard()).elapsed()
     }
 
+    /// Resolves when it shows that the peer's store lies in another directory, and never otherwise.
+    ///
+    /// Asks for a path of our directory, there or not: a daemon of another one refuses it. Without
+    /// this it would say "not there" to every hash part that it does not have, and seem well.
+    pub async fn other_store_dir(&self, store_dir: &StoreDir) -> Error {
+        if let Ok(path) = NOBODYS.parse() {
+            let answer = self.ask(Request::IsValidPath(path)).await;
+            if let Err(Error::Remote(words)) = answer
+                && words.contains("is not in the Nix store")
+            {
+                let text = format!(
+                    "store lies in another directory than {store_dir}, and its paths are of no use \
+                     there; a muster of its own can serve them (store-dir); its daemon says: {words}"
+                );
+                return Error::StoreDir(text.into());
+            }
+        }
+        std::future::pending().await
+    }
+
     /// Tells whether the connection is over.
     pub fn is_closed(&self) -> bool {
         self.connection.closed().now_or_never().is_some()
@@ -116,26 +130,6 @@ impl Session {
     /// Adds what the carrier knows to the cause of a loss.
     pub async fn explain(&self, error: Error) -> Error {
         self.guard.explain(error).await
-    }
-}
-
-/// Asks for a path of our store directory, there or not: a daemon of another one refuses it.
-///
-/// Without this it would say "not there" to every hash part that it does not have, and seem well.
-async fn check_store_dir(connection: &Connection, store_dir: &StoreDir) -> Result<(), Error> {
-    let Ok(path) = NOBODYS.parse::<StorePath>() else {
-        return Ok(());
-    };
-    match connection.ask(Request::IsValidPath(path)).await {
-        Err(Error::Remote(words)) if words.contains("is not in the Nix store") => {
-            let text = format!(
-                "store lies in another directory than {store_dir}, and its paths are of no use there; a \
-                 muster of its own can serve them (store-dir); its daemon says: {words}"
-            );
-            Err(Error::StoreDir(text.into()))
-        }
-        Err(error @ Error::Lost(_)) => Err(error),
-        _ => Ok(()),
     }
 }
 

@@ -261,6 +261,8 @@ async fn keep(shared: Arc<Shared>) {
     let mut backoff = Backoff::default();
     let mut number = 0;
     let mut told = None;
+    // Such a store is connected to at each attempt, which is no news.
+    let mut elsewhere = false;
     loop {
         let attempt = Session::open(&*shared.dial, Purpose::Lookup, &shared.options.session);
         let opened = tokio::select! {
@@ -272,11 +274,16 @@ async fn keep(shared: Arc<Shared>) {
             Ok(session) => {
                 number += 1;
                 let session = Arc::new(session);
-                shared.up(&session, number);
-                told = None;
+                shared.up(&session, number, elsewhere);
                 let up_at = Instant::now();
                 let cause = shared.loss(&session).await;
-                let next = backoff.lost(up_at.elapsed(), fastrand::f64());
+                elsewhere = matches!(cause, Error::StoreDir(_));
+                let next = if elsewhere {
+                    Next::After(backoff.failed(fastrand::f64()))
+                } else {
+                    told = None;
+                    backoff.lost(up_at.elapsed(), fastrand::f64())
+                };
                 shared.lost(&session, cause, next, &mut told).await;
                 next
             }
@@ -299,6 +306,9 @@ impl Shared {
     /// Waits until the connection is over, or found silent while a question waits.
     async fn loss(&self, session: &Session) -> Error {
         tokio::select! {
+            // It refuses and closes: the reason goes first.
+            biased;
+            error = session.other_store_dir(&self.options.session.connection.store_dir) => error,
             error = session.closed() => error,
             () = self.distrust.notified() => {
                 let after = self.options.query_timeout;
@@ -307,9 +317,13 @@ impl Shared {
         }
     }
 
-    fn up(&self, session: &Arc<Session>, number: u64) {
+    fn up(&self, session: &Arc<Session>, number: u64, elsewhere: bool) {
         let peer = session.peer();
-        info!(upstream = %self.name, %peer, "connected");
+        if elsewhere {
+            debug!(upstream = %self.name, %peer, "connected");
+        } else {
+            info!(upstream = %self.name, %peer, "connected");
+        }
         let session = session.clone();
         let peer = peer.into();
         self.change(Status::Up(Live { session, number }), Link::Up { peer });
