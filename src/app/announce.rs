@@ -98,6 +98,8 @@ fn print(text: &str) {
 
 const SETTLING: Duration = Duration::from_secs(6);
 
+const FIRST_QUESTION: Duration = Duration::from_millis(250);
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -119,4 +121,3 @@ mod tests {
         assert_eq!(url(&["unix:/run/m"]), format!("http://{host}"));
     }
 }
-const FIRST_QUESTION: Duration = Duration::from_millis(250);
