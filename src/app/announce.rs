@@ -97,6 +97,7 @@ fn print(text: &str) {
 }
 
 const SETTLING: Duration = Duration::from_secs(6);
+const FIRST_QUESTION: Duration = Duration::from_millis(250);
 
 #[cfg(test)]
 mod tests {
@@ -119,4 +120,3 @@ mod tests {
         assert_eq!(url(&["unix:/run/m"]), format!("http://{host}"));
     }
 }
-const FIRST_QUESTION: Duration = Duration::from_millis(250);
