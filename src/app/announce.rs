@@ -97,6 +97,7 @@ fn print(text: &str) {
 }
 
 const SETTLING: Duration = Duration::from_secs(6);
+const FIRST_QUESTION: Duration = Duration::from_millis(250);
 
 const FIRST_QUESTION: Duration = Duration::from_millis(250);
 

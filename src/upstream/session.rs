@@ -8,7 +8,7 @@ use tokio::time::{Instant, timeout};
 use super::connection::{Connection, ConnectionOptions};
 use super::wire::{Dial, Guard, Purpose};
 use super::{Error, NarStream};
-use crate::nix::store_path::{StoreDir, StorePath};
+use crate::nix::store_path::StorePath;
 use crate::nix::worker_protocol::reply::Reply;
 use crate::nix::worker_protocol::request::Request;
 
@@ -68,12 +68,13 @@ impl Session {
 
     /// Asks one question, without a bound in time.
     pub async fn ask(&self, request: Request) -> Result<Reply, Error> {
-        self.connection.ask(request).await
+        self.connection.ask(request).await.map_err(elsewhere)
     }
 
     /// Asks many questions, without a bound in time.
     pub async fn ask_many(&self, requests: Vec<Request>) -> Vec<Result<Reply, Error>> {
-        self.connection.ask_many(requests).await
+        let answers = self.connection.ask_many(requests).await.into_iter();
+        answers.map(|answer| answer.map_err(elsewhere)).collect()
     }
 
     /// Opens a NAR, without a bound in time.
@@ -90,18 +91,11 @@ impl Session {
     ///
     /// Asks for a path of our directory, there or not: a daemon of another one refuses it. Without
     /// this it would say "not there" to every hash part that it does not have, and seem well.
-    pub async fn other_store_dir(&self, store_dir: &StoreDir) -> Error {
-        if let Ok(path) = NOBODYS.parse() {
-            let answer = self.ask(Request::IsValidPath(path)).await;
-            if let Err(Error::Remote(words)) = answer
-                && words.contains("is not in the Nix store")
-            {
-                let text = format!(
-                    "store lies in another directory than {store_dir}, and its paths are of no use \
-                     there; a muster of its own can serve them (store-dir); its daemon says: {words}"
-                );
-                return Error::StoreDir(text.into());
-            }
+    pub async fn other_store_dir(&self) -> Error {
+        if let Ok(path) = NOBODYS.parse()
+            && let Err(error @ Error::StoreDir(_)) = self.ask(Request::IsValidPath(path)).await
+        {
+            return error;
         }
         std::future::pending().await
     }
@@ -130,6 +124,22 @@ impl Session {
     /// Adds what the carrier knows to the cause of a loss.
     pub async fn explain(&self, error: Error) -> Error {
         self.guard.explain(error).await
+    }
+}
+
+/// Understands the words of a daemon whose store lies in another directory.
+///
+/// It says them twice, so they may be the answer to the next question.
+fn elsewhere(error: Error) -> Error {
+    match error {
+        Error::Remote(words) if words.contains("is not in the Nix store") => {
+            let text = format!(
+                "store lies in another directory, and its paths are of no use here; a muster of its \
+                 own can serve them (store-dir); its daemon says: {words}"
+            );
+            Error::StoreDir(text.into())
+        }
+        error => error,
     }
 }
 

@@ -308,7 +308,7 @@ impl Shared {
         tokio::select! {
             // It refuses and closes: the reason goes first.
             biased;
-            error = session.other_store_dir(&self.options.session.connection.store_dir) => error,
+            error = session.other_store_dir() => error,
             error = session.closed() => error,
             () = self.distrust.notified() => {
                 let after = self.options.query_timeout;
