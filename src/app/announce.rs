@@ -99,8 +99,6 @@ fn print(text: &str) {
 const SETTLING: Duration = Duration::from_secs(6);
 const FIRST_QUESTION: Duration = Duration::from_millis(250);
 
-const FIRST_QUESTION: Duration = Duration::from_millis(250);
-
 #[cfg(test)]
 mod tests {
     use super::*;
