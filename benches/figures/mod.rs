@@ -122,13 +122,17 @@ impl Figures {
                 )
             }
             Some(Goal::Times(bound, anchor)) => {
-                let ratio = median(&self.pairs(series, anchor, |a, b| a / b));
-                let against = format!("{ratio:.2} × {anchor}");
+                let ratios = self.pairs(series, anchor, |a, b| a / b);
+                let ratio = median(&ratios);
+                let (low, high) = quartiles(&ratios);
+                let against = format!("{ratio:.2} × {anchor} ({low:.2} to {high:.2})");
                 (against, format!("≤ {bound} ×"), verdict(ratio <= bound))
             }
             Some(Goal::Plus(bound, anchor)) => {
-                let more = median(&self.pairs(series, anchor, |a, b| a - b));
-                let against = format!("{more:+.3} s to {anchor}");
+                let differences = self.pairs(series, anchor, |a, b| a - b);
+                let more = median(&differences);
+                let (low, high) = quartiles(&differences);
+                let against = format!("{more:+.3} s to {anchor} ({low:+.3} to {high:+.3})");
                 (against, format!("≤ +{bound} s"), verdict(more <= bound))
             }
             Some(Goal::Beside(anchor)) => {
@@ -186,6 +190,14 @@ fn median(samples: &[f64]) -> f64 {
         n if n % 2 == 1 => at(n / 2),
         n => f64::midpoint(at(n / 2 - 1), at(n / 2)),
     }
+}
+
+/// Between which half of them lie: a verdict is worth little where the bound lies between, too.
+fn quartiles(samples: &[f64]) -> (f64, f64) {
+    let sorted = sorted(samples);
+    let last = sorted.len().saturating_sub(1);
+    let at = |place: usize| sorted.get(place).copied().unwrap_or(f64::NAN);
+    (at(last / 4), at(last - last / 4))
 }
 
 fn sorted(samples: &[f64]) -> Vec<f64> {
