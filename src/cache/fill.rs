@@ -57,6 +57,9 @@ pub trait Place: Send + Sync {
     /// Makes sure that the fill may have `size_bytes` in all; it does not wait.
     fn grow(&mut self, size_bytes: u64) -> io::Result<()>;
 
+    /// Hears that writing the file failed, so that it can say so and judge the place.
+    fn failed(&mut self, _error: &io::Error) {}
+
     /// Makes an entry of the whole file; `record.file` is there.
     ///
     /// It comes back when the entry is durable, with the file that is kept now: an earlier one, where
@@ -88,9 +91,10 @@ impl Fill {
             return Err(io::Error::other("the fill has failed before"));
         };
         let size_bytes = written + chunk.len() as u64;
-        let done = place
-            .grow(size_bytes)
-            .and_then(|()| self.file.write_all_at(chunk, written));
+        let done = place.grow(size_bytes).and_then(|()| {
+            let done = self.file.write_all_at(chunk, written);
+            done.inspect_err(|error| place.failed(error))
+        });
         if done.is_ok() {
             self.sha256.update(chunk);
         }

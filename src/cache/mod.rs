@@ -3,6 +3,7 @@
 //! It knows nothing of upstreams: a holder is a number or a name that the floor above gives out.
 
 pub mod backend;
+pub mod disk;
 pub mod fill;
 pub mod memory;
 pub mod memory_backend;
