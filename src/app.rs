@@ -11,7 +11,7 @@ mod announce;
 mod files;
 mod listeners;
 mod reload;
-mod upstreams;
+pub(crate) mod upstreams;
 
 use std::time::Duration;
 
