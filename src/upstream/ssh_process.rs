@@ -46,6 +46,13 @@ pub struct Started {
     pub process: Process,
 }
 
+/// An ssh that ended, by itself or because it failed.
+pub struct Attempt {
+    /// What came of it.
+    pub output: Output,
+    process: Process,
+}
+
 /// The last bytes of an error output, at most [`TAIL_BYTES_MAX`].
 #[derive(Default)]
 struct Tail(Mutex<VecDeque<u8>>);
@@ -123,6 +130,19 @@ impl Process {
     }
 }
 
+impl Attempt {
+    /// Tells whether ssh failed itself, not the remote command.
+    pub fn ssh_failed(&self) -> bool {
+        let code = self.output.status.code();
+        code.is_none_or(|code| code == SSH_FAILED)
+    }
+
+    /// Tells the cause and the remedy in one line; `None`: there is nothing to tell.
+    pub fn diagnosis(&self) -> Option<String> {
+        self.process.words()
+    }
+}
+
 impl Drop for Process {
     fn drop(&mut self) {
         // The group holds ssh's own helpers (ProxyCommand) too. A child that was reaped is gone
@@ -141,6 +161,15 @@ impl Started {
     ///
     /// Dropped, it ends the process.
     pub async fn output(self, bounds: Bounds) -> Result<Output, Error> {
+        let Attempt { output, process } = self.attempt(bounds).await?;
+        if output.status.code().is_none_or(|code| code == SSH_FAILED) {
+            return Err(process.explain(Error::Lost("ssh failed".into())).await);
+        }
+        Ok(output)
+    }
+
+    /// Runs it likewise, and gives what came of it even if ssh itself failed.
+    pub async fn attempt(self, bounds: Bounds) -> Result<Attempt, Error> {
         let Self {
             stdin,
             mut stdout,
@@ -160,14 +189,12 @@ impl Started {
                     after: bounds.time,
                 })??;
         let status = status.ok_or_else(|| Error::Lost("ssh was not waited for".into()))?;
-        if status.code().is_none_or(|code| code == SSH_FAILED) {
-            return Err(process.explain(Error::Lost("ssh failed".into())).await);
-        }
-        Ok(Output {
+        let output = Output {
             status,
             stdout: stdout.into(),
             stderr: process.tail.text(),
-        })
+        };
+        Ok(Attempt { output, process })
     }
 }
 
@@ -250,7 +277,8 @@ async fn read_bounded(
 
 /// The exit code by which ssh says that it failed itself, and not the remote command.
 const SSH_FAILED: i32 = 255;
-const TAIL_BYTES_MAX: usize = 8 * 1024;
+/// Enough for all that `ssh -v` says of a login.
+const TAIL_BYTES_MAX: usize = 16 * 1024;
 const LOCALE: &[&str] = &[
     "LANG",
     "LANGUAGE",
