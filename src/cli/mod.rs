@@ -2,10 +2,15 @@
 
 pub mod check_config;
 pub mod completions;
+mod http;
 pub mod key;
 pub mod logging;
 pub mod man;
+mod page;
 pub mod serve;
+pub mod settings;
+pub mod status;
+mod units;
 
 use std::io::{self, ErrorKind, IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
@@ -43,6 +48,8 @@ pub enum Command {
     Key(key::Command),
     /// Say what a configuration means, or what is wrong with it
     CheckConfig(check_config::Args),
+    /// Show how a running muster and its upstreams are
+    Status(status::Args),
     /// Write a completion script for a shell
     Completions(completions::Args),
     /// Write the manual pages
