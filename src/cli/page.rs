@@ -66,7 +66,16 @@ impl Page {
 
     /// Writes a line, wrapped with this indent.
     pub(super) fn line(&mut self, indent: usize, text: &str, tone: Tone) {
-        for line in wrapped(text, self.width.map(|width| width.saturating_sub(indent))) {
+        self.item(indent, indent, text, tone);
+    }
+
+    /// Writes a line whose further lines, where it must be wrapped, have another indent.
+    pub(super) fn item(&mut self, indent: usize, further: usize, text: &str, tone: Tone) {
+        let room = self
+            .width
+            .map(|width| width.saturating_sub(further.max(indent)));
+        for (place, line) in wrapped(text, room).into_iter().enumerate() {
+            let indent = if place == 0 { indent } else { further };
             let painted = self.painted(&line, tone);
             _ = writeln!(self.text, "{:indent$}{painted}", "");
         }

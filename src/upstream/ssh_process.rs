@@ -19,7 +19,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
 use super::Error;
-use super::ssh_diagnosis::{Evidence, diagnose};
+use super::ssh_diagnosis::{Evidence, diagnose, meaningful, remedy};
 use super::wire::{Bounds, Output};
 
 /// How long a lost ssh may take to say why.
@@ -137,9 +137,19 @@ impl Attempt {
         code.is_none_or(|code| code == SSH_FAILED)
     }
 
-    /// Tells the cause and the remedy in one line; `None`: there is nothing to tell.
-    pub fn diagnosis(&self) -> Option<String> {
-        self.process.words()
+    /// Returns the last lines of its error output that say something, in one.
+    pub fn said(&self) -> String {
+        meaningful(&self.output.stderr)
+    }
+
+    /// Returns what the operator can do; `None`: the cause is not known.
+    pub fn remedy(&self) -> Option<String> {
+        remedy(&Evidence {
+            host: &self.process.host,
+            stderr: &self.output.stderr,
+            exit_code: self.output.status.code(),
+            pinned: self.process.pinned,
+        })
     }
 }
 
