@@ -12,7 +12,7 @@ mod binary_caches;
 mod files;
 mod listeners;
 mod reload;
-mod upstreams;
+pub(crate) mod upstreams;
 
 use std::time::Duration;
 

@@ -11,6 +11,8 @@ fn main() -> ExitCode {
         Command::Serve(args) => done(cli::serve::run(&args)),
         Command::Key(command) => done(cli::key::run(&command)),
         Command::CheckConfig(args) => cli::check_config::run(&args),
+        Command::Check(args) => cli::check::run(&args),
+        Command::Status(args) => cli::status::run(&args),
         Command::Completions(args) => done(cli::completions::run(&args)),
         Command::Man(args) => done(cli::man::run(&args)),
     };
