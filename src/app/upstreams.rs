@@ -15,6 +15,7 @@ use crate::nix::store_uri::StoreKind;
 use crate::nix::store_uri::authority::Authority;
 use crate::substituter::health;
 use crate::substituter::member::Member;
+use crate::upstream::Upstream;
 use crate::upstream::build_log::BuildLogs;
 use crate::upstream::daemon::DaemonSocket;
 use crate::upstream::runtime_dir::RuntimeDir;
@@ -27,6 +28,11 @@ use crate::upstream::worker::{WorkerOptions, WorkerSetup, WorkerUpstream};
 pub(super) struct Upstreams {
     running: HashMap<String, Arc<Member>>,
     next: u16,
+    starter: Starter,
+}
+
+/// Starts single upstreams as they are configured; for the server, and for commands that ask themselves.
+pub(crate) struct Starter {
     runtime_dir: Arc<RuntimeDir>,
     ssh_options: Vec<String>,
 }
@@ -34,22 +40,10 @@ pub(super) struct Upstreams {
 impl Upstreams {
     /// Runs none yet.
     pub(super) fn new() -> anyhow::Result<Self> {
-        let parent = std::env::var_os("RUNTIME_DIRECTORY")
-            .map(PathBuf::from)
-            .unwrap_or_else(std::env::temp_dir);
-        let runtime_dir = RuntimeDir::create(&parent)
-            .with_context(|| {
-                format!(
-                    "cannot make a folder for ssh's files in {}; name another with RUNTIME_DIRECTORY or TMPDIR",
-                    parent.display()
-                )
-            })?;
-        let ssh_options = std::env::var("NIX_SSHOPTS").unwrap_or_default();
         Ok(Self {
             running: HashMap::new(),
             next: 0,
-            runtime_dir: Arc::new(runtime_dir),
-            ssh_options: split_options(&ssh_options)?,
+            starter: Starter::new()?,
         })
     }
 
@@ -84,14 +78,7 @@ impl Upstreams {
     }
 
     fn start(&mut self, upstream: &config::Upstream, config: &Config) -> anyhow::Result<Member> {
-        let (dial, logs) = self.dial(upstream, config)?;
-        let setup = WorkerSetup {
-            name: upstream.name.clone(),
-            dial,
-            logs,
-            store_dir: config.store_dir.clone(),
-        };
-        let worker = WorkerUpstream::start(setup, options(upstream, config));
+        let started = self.starter.start(upstream, config)?;
         let id = UpstreamId(self.next);
         self.next = self
             .next
@@ -99,15 +86,54 @@ impl Upstreams {
             .context("too many upstreams over all reloads")?;
         Ok(Member::new(
             id,
-            Arc::new(worker),
+            started,
             upstream.trust.clone(),
             health::Options::default(),
             // One that a reload brings gets the patience of a start, too.
             Instant::now(),
         ))
     }
+}
 
-    fn dial(
+impl Starter {
+    /// Makes the folder for ssh's files and reads `NIX_SSHOPTS`.
+    pub(crate) fn new() -> anyhow::Result<Self> {
+        let parent = std::env::var_os("RUNTIME_DIRECTORY")
+            .map(PathBuf::from)
+            .unwrap_or_else(std::env::temp_dir);
+        let runtime_dir = RuntimeDir::create(&parent)
+            .with_context(|| {
+                format!(
+                    "cannot make a folder for ssh's files in {}; name another with RUNTIME_DIRECTORY or TMPDIR",
+                    parent.display()
+                )
+            })?;
+        let ssh_options = std::env::var("NIX_SSHOPTS").unwrap_or_default();
+        Ok(Self {
+            runtime_dir: Arc::new(runtime_dir),
+            ssh_options: split_options(&ssh_options)?,
+        })
+    }
+
+    /// Begins to connect to one upstream; must be called in a runtime.
+    pub(crate) fn start(
+        &self,
+        upstream: &config::Upstream,
+        config: &Config,
+    ) -> anyhow::Result<Arc<dyn Upstream>> {
+        let (dial, logs) = self.dial(upstream, config)?;
+        let setup = WorkerSetup {
+            name: upstream.name.clone(),
+            dial,
+            logs,
+            store_dir: config.store_dir.clone(),
+        };
+        let options = options(upstream, config);
+        Ok(Arc::new(WorkerUpstream::start(setup, options)))
+    }
+
+    /// Returns the way to an upstream's daemon, and to its build logs.
+    pub(crate) fn dial(
         &self,
         upstream: &config::Upstream,
         config: &Config,
@@ -120,12 +146,7 @@ impl Upstreams {
             StoreKind::Daemon | StoreKind::Local(None) => Ok(local(config.daemon_socket.clone())),
             StoreKind::Unix(path) => Ok(local(path.into())),
             StoreKind::Ssh(authority) | StoreKind::SshNg(authority) => {
-                let target = self.target(upstream, authority);
-                let options = SshOptions {
-                    connect_timeout: upstream.connect_timeout,
-                    ..SshOptions::default()
-                };
-                let ssh = Arc::new(Ssh::new(target, options, Arc::clone(&self.runtime_dir))?);
+                let ssh = Arc::new(self.ssh(upstream, authority, &[])?);
                 let logs = BuildLogs::Command {
                     nix_store: ssh.nix_store(),
                     dial: Arc::clone(&ssh) as Arc<dyn Dial>,
@@ -143,6 +164,23 @@ impl Upstreams {
                 "{scheme} stores cannot be upstreams; use ssh-ng://, ssh://, daemon or unix://"
             )),
         }
+    }
+
+    /// Returns the way to log in to a builder, with further words for ssh.
+    pub(crate) fn ssh(
+        &self,
+        upstream: &config::Upstream,
+        authority: &Authority,
+        more_options: &[&str],
+    ) -> anyhow::Result<Ssh> {
+        let mut target = self.target(upstream, authority);
+        let more = more_options.iter().map(|word| (*word).to_owned());
+        target.options.extend(more);
+        let options = SshOptions {
+            connect_timeout: upstream.connect_timeout,
+            ..SshOptions::default()
+        };
+        Ok(Ssh::new(target, options, Arc::clone(&self.runtime_dir))?)
     }
 
     fn target(&self, upstream: &config::Upstream, authority: &Authority) -> SshTarget {

@@ -3,12 +3,14 @@
 use std::time::Duration;
 
 use futures_util::FutureExt as _;
+use futures_util::stream::BoxStream;
 use tokio::time::{Instant, timeout};
 
 use super::connection::{Connection, ConnectionOptions};
 use super::wire::{Dial, Guard, Purpose};
 use super::{Error, NarStream};
 use crate::nix::store_path::StorePath;
+use crate::nix::worker_protocol::Peer;
 use crate::nix::worker_protocol::reply::Reply;
 use crate::nix::worker_protocol::request::Request;
 
@@ -64,6 +66,16 @@ impl Session {
     /// Names the peer for people.
     pub fn peer(&self) -> String {
         self.connection.peer().to_string()
+    }
+
+    /// Returns what the daemon told of itself.
+    pub fn daemon(&self) -> &Peer {
+        self.connection.peer()
+    }
+
+    /// Lists all paths of the store, without a bound in time; see [`Connection::all_paths`].
+    pub fn all_paths(&self) -> Result<BoxStream<'static, Result<Vec<StorePath>, Error>>, Error> {
+        self.connection.all_paths()
     }
 
     /// Asks one question, without a bound in time.
