@@ -11,6 +11,7 @@ mod announce;
 mod files;
 mod listeners;
 mod reload;
+pub mod sign_all;
 mod upstreams;
 
 use std::time::Duration;

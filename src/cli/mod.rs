@@ -6,6 +6,7 @@ pub mod key;
 pub mod logging;
 pub mod man;
 pub mod serve;
+pub mod sign_all;
 
 use std::io::{self, ErrorKind, IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
@@ -41,6 +42,8 @@ pub enum Command {
     /// Make signing keys and show their public halves
     #[command(subcommand)]
     Key(key::Command),
+    /// Sign every path that stores already have
+    SignAll(Box<sign_all::Args>),
     /// Say what a configuration means, or what is wrong with it
     CheckConfig(check_config::Args),
     /// Write a completion script for a shell
