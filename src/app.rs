@@ -12,6 +12,7 @@ mod binary_caches;
 mod files;
 mod listeners;
 mod reload;
+pub mod sign_all;
 pub(crate) mod upstreams;
 
 use std::time::Duration;

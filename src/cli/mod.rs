@@ -11,6 +11,7 @@ mod nix_conf;
 mod page;
 pub mod serve;
 pub mod settings;
+pub mod sign_all;
 pub mod status;
 mod units;
 
@@ -48,6 +49,8 @@ pub enum Command {
     /// Make signing keys and show their public halves
     #[command(subcommand)]
     Key(key::Command),
+    /// Sign every path that stores already have
+    SignAll(Box<sign_all::Args>),
     /// Say what a configuration means, or what is wrong with it
     CheckConfig(check_config::Args),
     /// Check whether everything is set up right, and say what to do where it is not

@@ -13,6 +13,7 @@ pub mod narinfo;
 pub mod path_info;
 pub mod realisation;
 pub mod signature;
+pub mod signer;
 pub mod store_path;
 pub mod store_uri;
 pub mod worker_protocol;

@@ -24,6 +24,7 @@ mod realisations;
 pub mod roots;
 pub mod runtime_dir;
 pub mod session;
+pub mod signing;
 mod slots;
 pub mod ssh;
 pub mod ssh_command;
