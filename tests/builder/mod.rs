@@ -22,6 +22,8 @@ use std::time::{Duration, Instant};
 use muster::nix::store_path::{StoreDir, StorePath};
 use muster::upstream::build_log::{BuildLogs, LogOptions};
 use muster::upstream::daemon::DaemonSocket;
+use muster::upstream::local::database::Place;
+use muster::upstream::local::{LocalOptions, LocalUpstream};
 use muster::upstream::runtime_dir::RuntimeDir;
 use muster::upstream::ssh::{Ssh, SshOptions, SshTarget};
 use muster::upstream::worker::{WorkerOptions, WorkerSetup, WorkerUpstream};
@@ -305,6 +307,23 @@ impl Builder {
             store_dir: self.store_dir.clone(),
         };
         WorkerUpstream::start(setup, options)
+    }
+
+    /// Where the store lies, for who reads it in place.
+    pub fn place(&self) -> Place {
+        Place::new(self.path("state"), self.store_dir.clone())
+    }
+
+    /// Starts an upstream that reads the store in place, with a daemon's socket beside it.
+    pub fn in_place(&self, socket: &Path, mut options: LocalOptions) -> LocalUpstream {
+        options.worker = quick();
+        let setup = WorkerSetup {
+            name: "local".into(),
+            dial: Arc::new(DaemonSocket::new(socket)),
+            logs: BuildLogs::Directory(self.path("log")),
+            store_dir: self.store_dir.clone(),
+        };
+        LocalUpstream::start(self.place(), setup, options).unwrap()
     }
 
     /// Starts an upstream over the socket of a daemon.
