@@ -9,7 +9,7 @@ use anyhow::{Context as _, anyhow};
 use tracing::warn;
 
 use crate::cache::memory::UpstreamId;
-use crate::config::{self, Config};
+use crate::config::{self, Config, LocalStore};
 use crate::nix::path_info::Trust;
 use crate::nix::store_uri::StoreKind;
 use crate::nix::store_uri::authority::Authority;
@@ -18,6 +18,8 @@ use crate::substituter::member::Member;
 use crate::upstream::Upstream;
 use crate::upstream::build_log::BuildLogs;
 use crate::upstream::daemon::DaemonSocket;
+use crate::upstream::local::database::Place;
+use crate::upstream::local::{LocalOptions, LocalUpstream};
 use crate::upstream::runtime_dir::RuntimeDir;
 use crate::upstream::ssh::{Ssh, SshOptions, SshTarget};
 use crate::upstream::ssh_command::split_options;
@@ -135,8 +137,7 @@ impl Starter {
             logs,
             store_dir: config.store_dir.clone(),
         };
-        let options = options(upstream, config);
-        Ok(Arc::new(WorkerUpstream::start(setup, options)))
+        run(setup, upstream, config)
     }
 
     /// Returns the way to an upstream's daemon, and to its build logs.
@@ -206,6 +207,37 @@ impl Starter {
     }
 }
 
+/// Runs an upstream over a daemon; this machine's own store is read in place where it can be.
+fn run(
+    setup: WorkerSetup,
+    upstream: &config::Upstream,
+    config: &Config,
+) -> anyhow::Result<Arc<dyn Upstream>> {
+    let worker = options(upstream, config);
+    let Some(place) = own_place(upstream, config) else {
+        return Ok(Arc::new(WorkerUpstream::start(setup, worker)));
+    };
+    let options = LocalOptions {
+        worker,
+        ..LocalOptions::default()
+    };
+    let local = LocalUpstream::start(place, setup, options);
+    Ok(Arc::new(local.context("cannot start a thread")?))
+}
+
+/// Finds where an upstream's store lies on this machine, if that is to be read.
+fn own_place(upstream: &config::Upstream, config: &Config) -> Option<Place> {
+    let own = matches!(
+        upstream.uri.kind(),
+        StoreKind::Daemon | StoreKind::Local(None)
+    );
+    // A socket in another place belongs to a daemon of another store.
+    let beside = config.nix_state_dir.join("daemon-socket/socket");
+    let same = config.daemon_socket == beside;
+    let place = Place::new(&config.nix_state_dir, config.store_dir.clone());
+    (own && same && config.local_store == LocalStore::Auto).then_some(place)
+}
+
 fn options(upstream: &config::Upstream, config: &Config) -> WorkerOptions {
     let mut options = WorkerOptions::default();
     for session in [
@@ -230,7 +262,7 @@ fn said(upstream: &config::Upstream, config: &Config) -> String {
         Trust::Keys(keys) => format!("{keys:?}"),
     };
     format!(
-        "{:?} {} {trust} {:?} {:?} {:?} {} {:?} {} {:?} {} {:?}",
+        "{:?} {} {trust} {:?} {:?} {:?} {} {:?} {:?} {} {:?} {} {:?}",
         upstream.uri,
         upstream.name,
         upstream.ssh_key,
@@ -238,6 +270,7 @@ fn said(upstream: &config::Upstream, config: &Config) -> String {
         upstream.query_timeout,
         upstream.nar_transfers_max,
         config.daemon_socket,
+        config.local_store,
         config.store_dir,
         config.roots_lifetime,
         binary_caches::said(upstream),

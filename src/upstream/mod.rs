@@ -17,6 +17,7 @@ pub mod http_client;
 pub mod http_credentials;
 pub mod http_url;
 mod leased;
+pub mod local;
 pub mod memory;
 pub mod pool;
 mod pool_choice;
@@ -52,6 +53,15 @@ use crate::nix::store_path::{StorePath, StorePathHash};
 /// The stream ends after exactly the NAR; an item that is an error is the last. Dropping it
 /// abandons the NAR and frees what carried it. Hash and size are the reader's to check.
 pub type NarStream = BoxStream<'static, Result<Bytes, Error>>;
+
+/// A NAR with what its store says for it.
+pub enum OpenedNar {
+    /// Hash and size are the reader's to check.
+    Unchecked(NarStream),
+    /// The store holds the last chunk back until it knows that the NAR is the promised one, and fails
+    /// else: whoever reads the stream to its end has the right bytes, and need not hash them.
+    Checked(NarStream),
+}
 
 /// One store that can be asked. Every method may be called any number of times at once.
 ///
@@ -89,6 +99,11 @@ pub trait Upstream: Send + Sync + 'static {
 
     /// Opens the NAR of a path; `Ok(None)` when the path is gone.
     async fn nar(&self, info: &PathInfo) -> Result<Option<NarStream>, Error>;
+
+    /// Opens the NAR of a path as [`nar`](Upstream::nar) does, and tells whether it is to be hashed.
+    async fn open_nar(&self, info: &PathInfo) -> Result<Option<OpenedNar>, Error> {
+        Ok(self.nar(info).await?.map(OpenedNar::Unchecked))
+    }
 
     /// Keeps a path from that store's garbage collection for a while; `false`: it is gone.
     async fn keep(&self, path: &StorePath) -> Result<bool, Error>;
