@@ -171,7 +171,7 @@ fn options(upstream: &config::Upstream, config: &Config) -> WorkerOptions {
         session.connect_timeout = upstream.connect_timeout;
     }
     options.standing.query_timeout = upstream.query_timeout;
-    options.standing.batch_timeout = upstream.query_timeout;
+    options.standing.batch_timeout = options.standing.batch_timeout.max(upstream.query_timeout);
     options.roots.query_timeout = upstream.query_timeout;
     options.roots.lifetime = config.roots_lifetime;
     options.pool.large_max = upstream.nar_transfers_max;
