@@ -127,7 +127,8 @@ impl Starter {
         upstream: &config::Upstream,
         config: &Config,
     ) -> anyhow::Result<Arc<dyn Upstream>> {
-        if let StoreKind::Http(..) | StoreKind::Https(..) | StoreKind::File(_) = upstream.uri.kind() {
+        if let StoreKind::Http(..) | StoreKind::Https(..) | StoreKind::File(_) = upstream.uri.kind()
+        {
             return Ok(Arc::new(self.binary_caches.start(upstream, config)?));
         }
         let (dial, logs) = self.dial(upstream, config)?;
@@ -248,7 +249,7 @@ fn options(upstream: &config::Upstream, config: &Config) -> WorkerOptions {
         session.connect_timeout = upstream.connect_timeout;
     }
     options.standing.query_timeout = upstream.query_timeout;
-    options.standing.batch_timeout = upstream.query_timeout;
+    options.standing.batch_timeout = options.standing.batch_timeout.max(upstream.query_timeout);
     options.roots.query_timeout = upstream.query_timeout;
     options.roots.lifetime = config.roots_lifetime;
     options.pool.large_max = upstream.nar_transfers_max;

@@ -12,6 +12,7 @@ pub mod nar;
 pub mod narinfo;
 pub mod path_info;
 pub mod realisation;
+pub mod serve_protocol;
 pub mod signature;
 pub mod signer;
 pub mod store_path;

@@ -10,6 +10,7 @@ pub mod cache_files;
 pub mod cache_folder;
 pub mod cache_http;
 mod cache_link;
+pub mod closures;
 pub mod connection;
 pub mod daemon;
 mod generations;
@@ -24,6 +25,8 @@ mod pool_choice;
 mod realisations;
 pub mod roots;
 pub mod runtime_dir;
+pub mod serve_session;
+pub mod served;
 pub mod session;
 pub mod signing;
 mod slots;
@@ -42,6 +45,8 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::stream::BoxStream;
 use tokio::sync::watch;
+
+use closures::Closures;
 
 use crate::nix::build_trace::{BuildTraceEntry, BuildTraceKey};
 use crate::nix::path_info::PathInfo;
@@ -96,6 +101,13 @@ pub trait Upstream: Send + Sync + 'static {
     ///
     /// An error of one question fails it alone; when the connection breaks, the rest fails too.
     async fn path_infos(&self, paths: &[StorePath]) -> Vec<Result<Option<PathInfo>, Error>>;
+
+    /// Returns who tells whole closures at once, where that is possible just now and worth it.
+    ///
+    /// `None`: they are fetched level by level, by [`path_infos`](Upstream::path_infos).
+    fn closures(&self) -> Option<Arc<dyn Closures>> {
+        None
+    }
 
     /// Opens the NAR of a path; `Ok(None)` when the path is gone.
     async fn nar(&self, info: &PathInfo) -> Result<Option<NarStream>, Error>;
