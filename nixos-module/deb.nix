@@ -13,6 +13,8 @@ let
     config = "/etc/muster/muster.toml";
     sshKey = "muster_ssh-key";
     knownHosts = "muster_known-hosts";
+    # Debian's own packages of Nix keep the daemon's socket for this group.
+    groups = [ "nix-users" ];
   };
   socket = units.socket { listen = [ "127.0.0.1:5000" ]; };
   signAll = units.signAll {

@@ -3,11 +3,12 @@
 # One truth for NixOS (client.nix, builder.nix) and for the .deb (deb.nix writes them as text).
 let
   hardening = import ./hardening.nix;
+  present = (import ./lib.nix).withoutNull;
 in
 {
   # The server. `muster` and `kill` are programs, `config` is the configuration file; credentials are lines
   # "NAME:PATH". ssh finds the credentials sshKey and knownHosts, where they are, behind what the
-  # configuration names for an upstream.
+  # configuration names for an upstream. `groups` are those that the daemon's socket is open to, if not to all.
   serve =
     {
       name ? "muster",
@@ -18,6 +19,7 @@ in
       credentials,
       sshKey,
       knownHosts,
+      groups ? null,
     }:
     {
       unitConfig = {
@@ -27,11 +29,12 @@ in
         # nix-daemon is not among them: it asks Muster, and Muster waits for it like for any builder.
         After = "${name}.socket network.target";
       };
-      serviceConfig = hardening.serve // {
+      serviceConfig = present (hardening.serve // {
         Type = "notify";
         ExecStart = "${muster} serve --config ${config}";
         ExecReload = "${kill} -HUP $MAINPID";
         User = name;
+        SupplementaryGroups = groups;
         StateDirectory = name;
         StateDirectoryMode = "0700";
         CacheDirectory = name;
@@ -45,7 +48,7 @@ in
         # Transfers that run at a stop have 30 s.
         TimeoutStopSec = 45;
         WatchdogSec = 60;
-      };
+      });
     };
 
   # Its sockets: clients that come while the server starts or restarts wait in the kernel.

@@ -161,6 +161,8 @@ fn the_unit_of_a_builder_serves_its_own_store_on_all_addresses() {
         .ok();
     let socket = systemd.path("/nix/var/nix/daemon-socket/socket");
     assert!(eventually(20.0, || socket.exists()), "no nix-daemon");
+    // As on NixOS; this machine is a Debian, where it is kept for a group.
+    systemd.run("chmod 755 /nix/var/nix/daemon-socket").ok();
     let path = systemd
         .run("echo built >/run/built && nix-store --add /run/built")
         .ok()
@@ -306,6 +308,22 @@ fn the_package_is_installed_started_upgraded_removed_and_purged() {
         .out;
     let key = key.trim();
     realise(&systemd, &path, key);
+
+    // The daemon beside it is for the group nix-users, as Debian has it, and the server is let in.
+    systemd
+        .run("systemd-run --quiet --unit=lab-nix-daemon nix-daemon")
+        .ok();
+    let own = systemd
+        .run("echo own >/run/own && nix-store --add /run/own")
+        .ok()
+        .out;
+    systemd
+        .run("chgrp nix-users /nix/var/nix/daemon-socket && chmod 770 /nix/var/nix/daemon-socket")
+        .ok();
+    systemd.run("systemctl reload muster.service").ok();
+    let ask = format!("nix path-info --store http://127.0.0.1:5000 {}", own.trim());
+    let known = eventually(20.0, || systemd.run(&ask).rc == 0);
+    assert!(known, "{}", systemd.journal("muster.service"));
 
     // An upgrade keeps what the operator wrote, the key, and what is enabled; what runs is the new one.
     systemd
