@@ -35,13 +35,9 @@ rec {
     let
       wanted = filter (
         machine:
-        let
-          protocol = machine.protocol or "ssh";
-          user = machine.sshUser or null;
-        in
-        protocol != null
+        machine.protocol or "ssh" != null
         && !elem machine.hostName exclude
-        && !(user == null && elem (place machine) [ "localhost" "[localhost]" ])
+        && !(machine.sshUser or null == null && machine.hostName == "localhost")
       ) buildMachines;
       stores = firstOfEach identity wanted;
       keyed = filter (machine: sshKey machine != null) stores;
@@ -163,12 +159,13 @@ rec {
     machine:
     let
       found = match "((.*)@)?([^@]*)" (authority machine);
-      remote = match "(.*&)?remote-store=([^&]*).*" (parts machine.hostName).query;
+      pairs = filter builtins.isString (builtins.split "&" (parts machine.hostName).query);
+      remote = filter (found: found != null) (map (match "remote-store=(.*)") pairs);
     in
     [
       (elemAt found 1)
       (lower (elemAt found 2))
-      (if remote == null then null else elemAt remote 1)
+      (if remote == [ ] then "" else elemAt (elemAt remote 0) 0)
     ];
 
   authority =
