@@ -5,7 +5,6 @@ mod module;
 mod rig;
 
 use std::fs;
-use std::process::Command;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -156,9 +155,7 @@ fn the_unit_of_a_builder_serves_its_own_store_on_all_addresses() {
     let builder = lab.machine("builder", rig::Nix::Debian12);
     let client = lab.client(&[]);
     let systemd = Systemd::boot(&builder);
-    systemd
-        .run("systemd-run --quiet --unit=lab-nix-daemon nix-daemon")
-        .ok();
+    systemd.run("systemctl start nix-daemon").ok();
     let socket = systemd.path("/nix/var/nix/daemon-socket/socket");
     assert!(eventually(20.0, || socket.exists()), "no nix-daemon");
     // As on NixOS; this machine is a Debian, where it is kept for a group.
@@ -220,26 +217,12 @@ fn the_account_of_a_builder_is_let_to_what_muster_asks_and_no_further() {
     assert!(!write.out.contains("nix-store"), "{write}");
 }
 
-/// Builds the .deb of the program under test with this revision; its path as the machines see it.
+/// Builds the .deb with this revision; its path as the machines see it.
 fn build_deb(lab: &Lab, revision: &str) -> String {
-    let out = lab.share().join("debian");
-    let muster = lab.share().join("bin/muster");
-    let output = Command::new("bash")
-        .arg(project("debian/build"))
-        .arg(&out)
-        .env("MUSTER", muster)
-        .env("REVISION", revision)
-        .output()
-        .expect("bash starts");
-    let said = String::from_utf8_lossy(&output.stdout);
-    assert!(
-        output.status.success(),
-        "{said}{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    let path = said.lines().last().expect("it prints the path").trim();
-    let name = path.rsplit('/').next().expect("a path has a name");
-    format!("/lab/debian/{name}")
+    let share = lab.share();
+    let built = module::build_deb(&share.join("bin/muster"), &share.join("debian"), revision);
+    let name = built.file_name().expect("a package has a name");
+    format!("/lab/debian/{}", name.to_string_lossy())
 }
 
 #[test]
@@ -310,9 +293,7 @@ fn the_package_is_installed_started_upgraded_removed_and_purged() {
     realise(&systemd, &path, key);
 
     // The daemon beside it is for the group nix-users, as Debian has it, and the server is let in.
-    systemd
-        .run("systemd-run --quiet --unit=lab-nix-daemon nix-daemon")
-        .ok();
+    systemd.run("systemctl start nix-daemon").ok();
     let own = systemd
         .run("echo own >/run/own && nix-store --add /run/own")
         .ok()

@@ -1,4 +1,4 @@
-//! The Nix files of this project, evaluated by a real Nix without a store, without nixpkgs.
+//! The Nix files of this project, evaluated by a real Nix without a store, without nixpkgs; and its .deb.
 
 #![allow(
     clippy::allow_attributes,
@@ -52,6 +52,29 @@ pub fn text(value: &Value) -> &str {
     value
         .as_str()
         .unwrap_or_else(|| panic!("{value} is no text"))
+}
+
+/// Builds the .deb of a program by the command that the README names, with this revision.
+#[track_caller]
+pub fn build_deb(muster: &Path, out: &Path, revision: &str) -> PathBuf {
+    let output = Command::new("bash")
+        .arg(project("debian/build"))
+        .arg(out)
+        .env("MUSTER", muster)
+        .env("REVISION", revision)
+        .output()
+        .expect("bash starts");
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success(),
+        "{said}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    said.lines()
+        .last()
+        .expect("it prints the path")
+        .trim()
+        .into()
 }
 
 /// The text of the server's unit as NixOS would have it, for these programs and credentials.
