@@ -101,8 +101,13 @@ fn load(
     flags: impl FnOnce(&mut RawConfig),
     look: Look,
 ) -> anyhow::Result<(Option<PathBuf>, Config)> {
-    let usual = Path::new(CONFIG_FILE);
-    let path = named.or_else(|| usual.exists().then_some(usual));
+    let usual = || {
+        CONFIG_FILES
+            .map(Path::new)
+            .into_iter()
+            .find(|path| path.exists())
+    };
+    let path = named.or_else(usual);
     let file = path.map(ConfigFile::open).transpose()?;
     let mut raw = match &file {
         Some(file) => file.parse()?,
@@ -113,8 +118,8 @@ fn load(
     Ok((path.map(Path::to_owned), config))
 }
 
-/// Read when no other is named.
-const CONFIG_FILE: &str = "/etc/muster/config.toml";
+/// The first of them that is there is read when no other is named; the packages' file goes first.
+const CONFIG_FILES: [&str; 2] = ["/etc/muster/muster.toml", "/etc/muster/config.toml"];
 
 const LONG_ABOUT: &str = "\
 Muster gathers the stores of many Nix builders into one signed HTTP substituter. A client adds one \
