@@ -26,12 +26,12 @@ use std::thread;
 use std::time::Duration;
 
 use figures::cpu::CpuGroup;
+use figures::load::{self, Load, add_small, small_name};
 use figures::{Figures, Goal, Unit};
 use rig::muster::narinfo_target;
 use rig::process::Process;
 use rig::{Lab, Machine, Muster, Nix, eventually};
 use serde_json::json;
-use sha2::{Digest as _, Sha256};
 
 #[test]
 fn compare() {
@@ -127,7 +127,10 @@ impl Scene {
         let lab = Lab::new();
         let b = lab.machine("b", Nix::Debian12);
         b.sshd().daemon();
-        let small = add_small(&b, options.in_memory.max(options.narinfos));
+        // The first build makes the store's folders.
+        let tiny = b.build_one("tiny", "");
+        let mut small = Vec::new();
+        add_small(&b, &mut small, options.in_memory.max(options.narinfos), 3);
         let big =
             |seed: &str, mb| b.build_one("big", &format!("--argstr seed {seed} --arg sizeMB {mb}"));
         let medium = (0..8)
@@ -136,7 +139,7 @@ impl Scene {
         let m = lab.machine("m", Nix::Debian12);
         m.builders(&["b"]);
         m.write("/etc/muster/config.toml", "memory-cache-size = \"1G\"\n");
-        fs::write(lab.share().join("requests.lua"), REQUESTS).expect("write wrk's script");
+        load::write_script(&lab);
         let client = |version: &String| lab.machine(&format!("c-{version}"), Nix::named(version));
         Self {
             clients: options.clients.iter().map(client).collect(),
@@ -147,7 +150,7 @@ impl Scene {
             medium,
             medium_mb: options.medium_mb,
             soft: b.build_one("soft", &format!("--arg sizeMB {}", options.large_mb)),
-            tiny: b.build_one("tiny", ""),
+            tiny,
             small,
             b,
             m,
@@ -177,7 +180,7 @@ impl Scene {
                 .out;
             let health: serde_json::Value = serde_json::from_str(&health).expect("JSON");
             let held = health["narinfo"]["in-memory"].as_u64().expect("a number");
-            if held as usize >= self.small.len() * 99 / 100 {
+            if held >= self.small.len() as u64 * 99 / 100 {
                 let grown = muster.memory_kb().saturating_sub(before) as f64 * 1024.0;
                 figures.add(MEMORY, "", "muster", Unit::Bytes, grown / held as f64);
                 return;
@@ -186,38 +189,12 @@ impl Scene {
         panic!("not all narinfos come into memory\n{}", muster.log());
     }
 
-    /// Writes what wrk asks for.
     fn targets(&self, name: &str, targets: impl Iterator<Item = String>) -> String {
-        let file = format!("/run/targets-{name}");
-        self.m
-            .write(&file, &(targets.collect::<Vec<_>>().join("\n") + "\n"));
-        file
+        load::targets(&self.m, name, targets)
     }
 
     fn load(&self, targets: &str, port: u16, connections: usize, secs: u32) -> Load {
-        let line = format!(
-            "TARGETS={targets} wrk -t1 -c{connections} -d{secs}s --latency --timeout 20s -s /lab/requests.lua http://127.0.0.1:{port}"
-        );
-        let got = self.m.run(&line).ok();
-        let words = got.out.lines().find(|l| l.starts_with("requests "));
-        let words: Vec<_> = words
-            .unwrap_or_else(|| panic!("{got}"))
-            .split(' ')
-            .collect();
-        let numbers: BTreeMap<_, _> = words
-            .chunks(2)
-            .map(|pair| (pair[0], pair[1].parse::<f64>().expect("a number")))
-            .collect();
-        assert!(
-            numbers["requests"] > 0.0 && numbers["broken"] == 0.0,
-            "{got}"
-        );
-        Load {
-            requests: numbers["requests"],
-            p50_us: numbers["p50"],
-            p99_us: numbers["p99"],
-            refused: numbers["status"],
-        }
+        load::load(&self.m, targets, port, connections, secs)
     }
 
     fn about(&self, options: &Options) -> String {
@@ -233,14 +210,6 @@ impl Scene {
                 .trim(),
         )
     }
-}
-
-/// What wrk saw.
-struct Load {
-    requests: f64,
-    p50_us: f64,
-    p99_us: f64,
-    refused: f64,
 }
 
 /// One server under comparison.
@@ -587,62 +556,6 @@ fn in_turn<T>(all: &[T], round: usize) -> Vec<&T> {
     turn
 }
 
-/// Adds many small files to a store at once: as paths that were built, each with three references.
-fn add_small(machine: &Machine, count: usize) -> Vec<String> {
-    let store = machine.path("nix/store");
-    let mut paths: Vec<String> = Vec::with_capacity(count);
-    let mut register = String::new();
-    for number in 0..count {
-        let path = small_name("small", number, "-a-small-path-of-a-usual-name-1.0.3");
-        let text = format!("{number}\n");
-        fs::write(store.join(path.trim_start_matches("/nix/store/")), &text).expect("write a path");
-        let nar = nar_of(text.as_bytes());
-        let hash = Sha256::digest(&nar)
-            .iter()
-            .fold(String::new(), |hex, byte| format!("{hex}{byte:02x}"));
-        _ = writeln!(register, "{path}\n{hash}\n{}\n", nar.len());
-        let references = &paths[paths.len().saturating_sub(3)..];
-        _ = writeln!(register, "{}", references.len());
-        for reference in references {
-            _ = writeln!(register, "{reference}");
-        }
-        paths.push(path);
-    }
-    machine
-        .run_with_input(
-            120.0,
-            "nix-store --register-validity --hash-given",
-            register.as_bytes(),
-        )
-        .ok();
-    paths
-}
-
-fn small_name(kind: &str, number: usize, name: &str) -> String {
-    const DIGITS: &[u8; 32] = b"0123456789abcdfghijklmnpqrsvwxyz";
-    let hash = Sha256::digest(format!("{kind} {number}"));
-    let digits = hash
-        .iter()
-        .map(|byte| char::from(DIGITS[usize::from(byte % 32)]));
-    format!("/nix/store/{}{name}", digits.collect::<String>())
-}
-
-/// The NAR of one file that cannot be executed.
-fn nar_of(contents: &[u8]) -> Vec<u8> {
-    let mut nar = Vec::new();
-    let mut text = |bytes: &[u8]| {
-        nar.extend((bytes.len() as u64).to_le_bytes());
-        nar.extend(bytes);
-        nar.resize(nar.len().next_multiple_of(8), 0);
-    };
-    for word in ["nix-archive-1", "(", "type", "regular", "contents"] {
-        text(word.as_bytes());
-    }
-    text(contents);
-    text(b")");
-    nar
-}
-
 const MUSTER: &str = "muster";
 const NGINX: &str = "nginx";
 const NGINX_OPEN: &str = "nginx, open_file_cache";
@@ -660,8 +573,6 @@ const OWN_FIRST: &str = "own store, 500 MB uncompressed, first read, CPU";
 const OWN: &str = "own store, 500 MB uncompressed, CPU";
 const OWN_ZSTD_FIRST: &str = "own store, 500 MB with zstd, first read, CPU";
 const OWN_ZSTD: &str = "own store, 500 MB with zstd, later, CPU";
-
-const REQUESTS: &str = include_str!("requests.lua");
 
 const OPEN_FILE_CACHE: &str = "open_file_cache max=100000 inactive=600s; open_file_cache_valid 600s; open_file_cache_errors on;";
 

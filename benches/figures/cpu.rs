@@ -42,6 +42,11 @@ impl CpuGroup {
 
 impl Drop for CpuGroup {
     fn drop(&mut self) {
+        let pids = fs::read_to_string(self.dir.join("cgroup.procs")).unwrap_or_default();
+        for pid in pids.lines() {
+            // One that ended meanwhile needs no other group.
+            let _ = fs::write(self.dir.join("../cgroup.procs"), pid);
+        }
         // Its processes may take a moment to be reaped.
         for _ in 0..100 {
             if fs::remove_dir(&self.dir).is_ok() {

@@ -7,6 +7,8 @@
 )]
 
 pub mod cpu;
+mod curves;
+pub mod load;
 mod plot;
 
 use serde_json::{Value, json};
