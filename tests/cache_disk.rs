@@ -18,7 +18,7 @@ use cache::{fill, key, look_up, options, path, read};
 /// Kills, as the issue asks for.
 const KILLS: u64 = 200;
 /// Real Nix reads the folder after each so many of them, and at the end.
-const NIX_EVERY: u64 = 10;
+const NIX_EVERY: u64 = 1;
 /// Paths that the killed processes fill, of 1 to 120 kB: some five times what fits.
 const PATHS: u64 = 60;
 const KILLED_BYTES_MAX: u64 = 700_000;
@@ -259,8 +259,8 @@ async fn a_lost_or_damaged_index_comes_back_from_the_files() {
     let bytes = cache.stats().bytes;
     cache.stop().await;
     let whole = fs::read(&index).unwrap();
-    type Damage = Box<dyn Fn()>;
-    let damages: [(&str, Damage); 6] = [
+    type Damage<'a> = Box<dyn Fn() + 'a>;
+    let damages: [(&str, Damage<'_>); 6] = [
         ("gone", Box::new(|| fs::remove_file(&index).unwrap())),
         ("empty", Box::new(|| fs::write(&index, "").unwrap())),
         (
