@@ -10,6 +10,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Serve(args) => done(cli::serve::run(&args)),
         Command::Key(command) => done(cli::key::run(&command)),
+        Command::Cache(args) => cli::cache::run(&args),
         Command::CheckConfig(args) => cli::check_config::run(&args),
         Command::Completions(args) => done(cli::completions::run(&args)),
         Command::Man(args) => done(cli::man::run(&args)),

@@ -1,5 +1,6 @@
 //! The command line: one file per subcommand, and what they share.
 
+pub mod cache;
 pub mod check_config;
 pub mod completions;
 pub mod key;
@@ -41,6 +42,8 @@ pub enum Command {
     /// Make signing keys and show their public halves
     #[command(subcommand)]
     Key(key::Command),
+    /// Look after the NARs that are kept on disk
+    Cache(cache::Args),
     /// Say what a configuration means, or what is wrong with it
     CheckConfig(check_config::Args),
     /// Write a completion script for a shell
