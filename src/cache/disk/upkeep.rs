@@ -218,6 +218,11 @@ impl Upkeep {
                 self.unlist(nar.path_hash);
             } else if let Some(hash) = narinfo_hash(name) {
                 self.unlist(hash);
+                let orphan = self.named(hash);
+                folder::remove(path)?;
+                if let Some(nar) = orphan {
+                    folder::remove(&self.folder.nar(&nar))?;
+                }
             }
             match folder::remove(path) {
                 // A foreign folder of this name is its owner's.
@@ -226,6 +231,16 @@ impl Upkeep {
             }
         }
         Ok(())
+    }
+
+    /// The NAR of the same path that even a malformed narinfo names.
+    fn named(&self, hash: StorePathHash) -> Option<NarName> {
+        let text = self.folder.read_narinfo(hash).ok()??;
+        let mut urls = text
+            .lines()
+            .filter_map(|line| line.strip_prefix("URL: nar/"));
+        let name = NarName::parse(urls.next()?)?;
+        (name.path_hash == hash).then_some(name)
     }
 
     /// Removes NARs without narinfo, then the least recently used entries until at most so many bytes
