@@ -11,6 +11,7 @@ fn main() -> ExitCode {
         Command::Serve(args) => done(cli::serve::run(&args)),
         Command::Key(command) => done(cli::key::run(&command)),
         Command::SignAll(args) => cli::sign_all::run(&args),
+        Command::Cache(args) => cli::cache::run(&args),
         Command::CheckConfig(args) => cli::check_config::run(&args),
         Command::Check(args) => cli::check::run(&args),
         Command::Status(args) => cli::status::run(&args),

@@ -95,6 +95,14 @@ fn to_text(path: Option<&Path>, config: &Config) -> String {
     line(&mut text, "compression", config.compression.name());
     line(&mut text, "priority", config.priority);
     line(&mut text, "store", &config.store_dir);
+    match &config.cache_dir {
+        Some(dir) => line(
+            &mut text,
+            "keeps",
+            format_args!("{} bytes of NARs in {}", config.cache_bytes, dir.display()),
+        ),
+        None => line(&mut text, "keeps", "no NARs"),
+    }
     for error in &config.machines_errors {
         line(
             &mut text,
@@ -153,6 +161,8 @@ fn to_json(path: Option<&Path>, config: &Config) -> Value {
         "key-to-be-made": config.key_to_be_made,
         "compression": config.compression.name(),
         "priority": config.priority,
+        "cache-dir": config.cache_dir,
+        "cache-size": config.cache_bytes,
         "store-dir": config.store_dir.as_str(),
         "errors": strings(&config.machines_errors),
         "warnings": config.warnings,

@@ -1,5 +1,6 @@
 //! The command line: one file per subcommand, and what they share.
 
+pub mod cache;
 pub mod check;
 pub mod check_config;
 pub mod completions;
@@ -51,6 +52,8 @@ pub enum Command {
     Key(key::Command),
     /// Sign every path that stores already have
     SignAll(Box<sign_all::Args>),
+    /// Look after the NARs that are kept on disk
+    Cache(cache::Args),
     /// Say what a configuration means, or what is wrong with it
     CheckConfig(check_config::Args),
     /// Check whether everything is set up right, and say what to do where it is not

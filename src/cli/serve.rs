@@ -7,7 +7,7 @@ use tracing::warn;
 
 use super::logging;
 use crate::config::raw::{PRIORITY_MAX, RawConfig, RawUpstream};
-use crate::config::values::{FromText, List, MachinesSetting, Number, Text};
+use crate::config::values::{Bytes, FromText, List, MachinesSetting, Number, Text};
 use crate::config::{CompressionSetting, Config, ListenAddress, LogFormat, Look};
 use crate::nix::store_uri::StoreUri;
 
@@ -97,6 +97,22 @@ pub struct Args {
     )]
     pub priority: Option<u32>,
 
+    /// Where NARs are kept [default: CACHE_DIRECTORY, or /var/cache/muster for root]
+    ///
+    /// The folder is a binary cache by itself: any web server, or Nix by file://, can use it. It may be
+    /// deleted at any moment. Others than root keep NARs in $XDG_CACHE_HOME/muster or ~/.cache/muster.
+    #[arg(long, value_name = "DIR", help_heading = "Answers")]
+    pub cache_dir: Option<PathBuf>,
+
+    /// Bytes of NARs that are kept, or a text with K, M, G or T; 0 keeps none [default: 10G]
+    #[arg(
+        long,
+        value_name = "SIZE",
+        value_parser = |text: &str| Bytes::from_text(text),
+        help_heading = "Answers"
+    )]
+    pub cache_size: Option<Bytes>,
+
     /// What to log: error, warn, info, debug, or as "warn,muster=debug" [default: info]
     #[arg(long, value_name = "FILTER", env = "MUSTER_LOG", help_heading = "Log")]
     pub log: Option<String>,
@@ -160,6 +176,12 @@ impl Args {
             });
             raw.compression = Some(Text(compression));
         }
+        if let Some(dir) = &self.cache_dir {
+            // A flag is relative to where it is given.
+            let dir = std::path::absolute(dir).unwrap_or_else(|_| dir.clone());
+            raw.cache_dir = Some(Text(dir));
+        }
+        raw.cache_size = self.cache_size.or(raw.cache_size);
         raw.priority = self.priority.map(Number).or(raw.priority);
         raw.log = self.log.clone().or(raw.log.take());
         raw.log_format = self.log_format.map(Text).or(raw.log_format.take());
@@ -192,6 +214,8 @@ Environment:
   MUSTER_CONFIG, MUSTER_LOG   as --config and --log
   STATE_DIRECTORY             where the key is made; else /var/lib/muster for root, and
                               $XDG_STATE_HOME/muster or ~/.local/state/muster for others
+  CACHE_DIRECTORY             where NARs are kept; else /var/cache/muster for root, and
+                              $XDG_CACHE_HOME/muster or ~/.cache/muster for others
   CREDENTIALS_DIRECTORY       where key files named without slash are looked up (systemd)
   NIX_DAEMON_SOCKET_PATH      the socket of this machine's own daemon
   NIX_LOG_DIR                 where its build logs are; else /nix/var/log/nix

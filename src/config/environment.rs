@@ -11,6 +11,9 @@ pub struct Environment {
     /// Where the default key is kept: the first folder of `$STATE_DIRECTORY`; else `/var/lib/muster`
     /// for root, and `muster` in `$XDG_STATE_HOME` or `~/.local/state` for others; `None`: no home.
     pub state_dir: Option<PathBuf>,
+    /// Where NARs are kept: the first folder of `$CACHE_DIRECTORY`; else `/var/cache/muster` for root,
+    /// and `muster` in `$XDG_CACHE_HOME` or `~/.cache` for others; `None`: no home.
+    pub cache_dir: Option<PathBuf>,
     /// Where systemd puts credentials, `$CREDENTIALS_DIRECTORY`.
     pub credentials_dir: Option<PathBuf>,
     /// The socket of this machine's daemon: `$NIX_DAEMON_SOCKET_PATH`, or the usual one.
@@ -43,20 +46,22 @@ impl Environment {
                 .map(PathBuf::from)
                 .filter(|path| path.is_absolute())
         };
-        let systemd = variable("STATE_DIRECTORY").and_then(|list| {
-            let first = std::env::split_paths(&list).next()?;
+        let systemd = |name| {
+            let first = std::env::split_paths(&variable(name)?).next()?;
             Some(first).filter(|path| path.is_absolute())
-        });
-        let own = || {
-            if root {
-                return Some(PathBuf::from(ROOT_STATE_DIR));
-            }
-            let state = folder("XDG_STATE_HOME");
-            let state = state.or_else(|| folder("HOME").map(|home| home.join(".local/state")));
-            state.map(|state| state.join("muster"))
         };
+        let own = |of_root: &str, xdg, in_home| {
+            if root {
+                return Some(PathBuf::from(of_root));
+            }
+            let base = folder(xdg).or_else(|| folder("HOME").map(|home| home.join(in_home)));
+            base.map(|base| base.join("muster"))
+        };
+        let state_dir = || own(ROOT_STATE_DIR, "XDG_STATE_HOME", ".local/state");
+        let cache_dir = || own(ROOT_CACHE_DIR, "XDG_CACHE_HOME", ".cache");
         Self {
-            state_dir: systemd.or_else(own),
+            state_dir: systemd("STATE_DIRECTORY").or_else(state_dir),
+            cache_dir: systemd("CACHE_DIRECTORY").or_else(cache_dir),
             credentials_dir: folder("CREDENTIALS_DIRECTORY"),
             daemon_socket: folder("NIX_DAEMON_SOCKET_PATH").unwrap_or_else(|| DAEMON_SOCKET.into()),
             nix_state_dir: folder("NIX_STATE_DIR").unwrap_or_else(|| DEFAULT_NIX_STATE_DIR.into()),
@@ -90,19 +95,37 @@ pub fn hostname() -> String {
 
 const DEFAULT_NIX_STATE_DIR: &str = "/nix/var/nix";
 const DEFAULT_LOG_DIR: &str = "/nix/var/log/nix";
+const ROOT_CACHE_DIR: &str = "/var/cache/muster";
 const ROOT_STATE_DIR: &str = "/var/lib/muster";
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn state_dir(variables: &[(&str, &str)], root: bool) -> Option<String> {
+    fn environment(variables: &[(&str, &str)], root: bool) -> Environment {
         let variable = |name: &str| {
             let found = variables.iter().find(|(n, _)| *n == name)?;
             Some(found.1.into())
         };
-        let found = Environment::of(&variable, root).state_dir;
+        Environment::of(&variable, root)
+    }
+
+    fn state_dir(variables: &[(&str, &str)], root: bool) -> Option<String> {
+        let found = environment(variables, root).state_dir;
         found.map(|path| path.to_string_lossy().into_owned())
+    }
+
+    #[test]
+    fn the_cache_directory_follows_systemd_then_the_user() {
+        let dir = |variables: &[_], root| environment(variables, root).cache_dir;
+        let home = ("HOME", "/home/u");
+        let path = |text: &str| Some(PathBuf::from(text));
+        assert_eq!(dir(&[("CACHE_DIRECTORY", "/c:/d"), home], true), path("/c"));
+        assert_eq!(dir(&[home], true), path("/var/cache/muster"));
+        assert_eq!(dir(&[home], false), path("/home/u/.cache/muster"));
+        let xdg = ("XDG_CACHE_HOME", "/x");
+        assert_eq!(dir(&[home, xdg], false), path("/x/muster"));
+        assert_eq!(dir(&[], false), None);
     }
 
     #[test]

@@ -28,7 +28,7 @@ use crate::nix::signature::SecretKey;
 use crate::nix::store_path::StoreDir;
 use keys::{DefaultKey, Found, KeyFile};
 use raw::RawConfig;
-use values::MachinesSetting;
+use values::{MachinesSetting, Text};
 
 /// A checked configuration.
 #[derive(Clone, Debug)]
@@ -74,6 +74,10 @@ pub struct Config {
     pub revalidate_after: Duration,
     /// Memory for what was found.
     pub memory_cache_bytes: u64,
+    /// Where NARs are kept, absolute; `None`: nowhere, as `cache_bytes` is 0 or there is no home.
+    pub cache_dir: Option<PathBuf>,
+    /// Bytes of NARs that are kept.
+    pub cache_bytes: u64,
     /// How long one generation of roots lives.
     pub roots_lifetime: Duration,
     /// Whether a path's closure is asked for before the client does.
@@ -173,6 +177,8 @@ impl Config {
         let upstreams = upstreams::find(&mut raw, environment, file)?;
         // Last, so that nothing is made for a configuration that cannot be used.
         let keys = Keys::find(&raw, file, environment, look)?;
+        let cache_bytes = raw.cache_size.map_or(CACHE_BYTES, |b| b.0);
+        let cache_dir = checked_cache_dir(raw.cache_dir.take(), environment, file)?;
         let listen = raw.listen.map(|list| list.0).unwrap_or_default();
         let mut listen: Vec<_> = listen.into_iter().map(|address| address.0).collect();
         if listen.is_empty() {
@@ -199,6 +205,8 @@ impl Config {
             negative_ttl: raw.negative_ttl.map_or(NEGATIVE_TTL, |s| s.0),
             revalidate_after: raw.revalidate_after.map_or(REVALIDATE_AFTER, |s| s.0),
             memory_cache_bytes: raw.memory_cache_size.map_or(MEMORY_CACHE_BYTES, |b| b.0),
+            cache_dir: cache_dir.filter(|_| cache_bytes > 0),
+            cache_bytes,
             roots_lifetime: raw.roots_lifetime.map_or(ROOTS_LIFETIME, |s| s.0),
             prefetch: raw.prefetch.unwrap_or(true),
             max_connections: raw
@@ -303,12 +311,29 @@ fn checked_log(log: Option<String>, file: Option<&ConfigFile>) -> Result<String,
     }
 }
 
+fn checked_cache_dir(
+    said: Option<Text<PathBuf>>,
+    environment: &Environment,
+    file: Option<&ConfigFile>,
+) -> Result<Option<PathBuf>, Error> {
+    match said {
+        None => Ok(environment.cache_dir.clone()),
+        Some(Text(dir)) if dir.is_absolute() => Ok(Some(dir)),
+        Some(Text(dir)) => Err(Error::Value {
+            at: At(file.and_then(|file| file.locate(&dir.to_string_lossy()))),
+            key: "cache-dir",
+            message: format!("{:?} is not an absolute path", dir.display().to_string()),
+        }),
+    }
+}
+
 const LISTEN: ([u8; 4], u16) = ([127, 0, 0, 1], 5000);
 /// Before cache.nixos.org, which has 40.
 const PRIORITY: u32 = 30;
 const NEGATIVE_TTL: Duration = Duration::from_secs(3);
 const REVALIDATE_AFTER: Duration = Duration::from_secs(300);
 const MEMORY_CACHE_BYTES: u64 = 64 << 20;
+const CACHE_BYTES: u64 = 10 << 30;
 const ROOTS_LIFETIME: Duration = Duration::from_secs(900);
 const MAX_CONNECTIONS: usize = 4096;
 const STOP_TIMEOUT: Duration = Duration::from_secs(30);

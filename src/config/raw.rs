@@ -52,6 +52,10 @@ pub struct RawConfig {
     pub revalidate_after: Option<Seconds>,
     /// Memory for what was found.
     pub memory_cache_size: Option<Bytes>,
+    /// Where NARs are kept.
+    pub cache_dir: Option<Text<PathBuf>>,
+    /// Bytes of NARs that are kept; 0: none.
+    pub cache_size: Option<Bytes>,
     /// How long builders are asked to keep what was served; one generation.
     pub roots_lifetime: Option<PositiveSeconds>,
     /// Whether a path's closure is asked for before the client does.

@@ -171,12 +171,13 @@ impl FromText for Bytes {
 
     fn from_text(text: &str) -> Result<Self, String> {
         let malformed = || format!("{text:?} is not {}", Self::EXPECTED);
-        let number = text.trim_end_matches(['K', 'M', 'G']);
+        let number = text.trim_end_matches(['K', 'M', 'G', 'T']);
         let shift = match text.strip_prefix(number).unwrap_or_default() {
             "" => 0,
             "K" => 10,
             "M" => 20,
             "G" => 30,
+            "T" => 40,
             _ => return Err(malformed()),
         };
         let number: u64 = number.parse().map_err(|_| malformed())?;

@@ -2,9 +2,13 @@
 
 #![allow(dead_code, reason = "each test program uses its part")]
 
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
 use bytes::Bytes;
 use muster::cache::backend::{Backend, Error, Ground, NarFile, Record};
-use muster::cache::disk::Options;
+use muster::cache::disk::{DiskCache, Options, text};
 use muster::nix::fingerprint;
 use muster::nix::hash::{Algorithm, Hash, NarHash};
 use muster::nix::narinfo::{Compression, NarInfo};
@@ -136,4 +140,44 @@ pub fn read(backend: &dyn Backend, record: &Record) -> Option<Vec<u8>> {
     let hash: [u8; 32] = sha2::Sha256::digest(&file).into();
     assert_eq!(hash, name.file_hash.0, "{name}");
     Some(zstd::decode_all(file.as_slice()).expect("decode the nar"))
+}
+
+/// Checks that each narinfo has its NAR with the right content; returns how many there are.
+pub fn folder_is_whole(dir: &Path) -> u64 {
+    let mut count = 0;
+    for entry in fs::read_dir(dir).unwrap() {
+        let file = entry.unwrap().path();
+        if file.extension().is_none_or(|e| e != "narinfo") {
+            continue;
+        }
+        let narinfo = fs::read_to_string(&file).unwrap();
+        let keys = [key().public()];
+        let record = text::read_file(&narinfo, &keys, &StoreDir::default()).unwrap();
+        let name = record.name().unwrap();
+        let bytes = fs::read(dir.join(name.url())).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let hash: [u8; 32] = sha2::Sha256::digest(&bytes).into();
+        assert_eq!(hash, name.file_hash.0, "{name}");
+        let nar = zstd::decode_all(bytes.as_slice()).unwrap();
+        let actual = muster::nix::hash::NarHash::of(&nar);
+        assert_eq!(actual, record.info.nar_hash, "{name}");
+        count += 1;
+    }
+    count
+}
+
+/// Waits until the background pass is through.
+pub async fn settle(cache: &DiskCache) {
+    wait("the background pass", || cache.is_reconciled()).await;
+    // It goes on with orphans and rows.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    cache.flush().await;
+}
+
+/// Waits for something, for ten seconds at most.
+pub async fn wait(what: &str, mut done: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !done() {
+        assert!(begun.elapsed() < Duration::from_secs(10), "no {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
 }

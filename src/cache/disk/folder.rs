@@ -18,6 +18,7 @@ use std::io::{self, ErrorKind, Read as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use rustix::fs::{FlockOperation, Mode, OFlags};
 
@@ -162,7 +163,7 @@ impl Folder {
             let mut options = OpenOptions::new();
             let file = options.write(true).create(true).truncate(false);
             let file = file.open(&path)?;
-            rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+            flock_soon(&file)?;
             let found = file.metadata()?;
             Ok(Lock {
                 identity: (found.dev(), found.ino()),
@@ -298,6 +299,17 @@ impl Drop for Temp {
     }
 }
 
+/// Takes the lock, with patience for somebody who only looks whether it is taken.
+fn flock_soon(file: &File) -> rustix::io::Result<()> {
+    for _ in 0..LOCK_TRIES {
+        match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
+            Err(rustix::io::Errno::WOULDBLOCK) => std::thread::sleep(LOCK_PAUSE),
+            done => return done,
+        }
+    }
+    Err(rustix::io::Errno::WOULDBLOCK)
+}
+
 /// Reads the hash part from the name of a narinfo.
 pub fn narinfo_hash(file: &str) -> Option<StorePathHash> {
     StorePathHash::parse(file.strip_suffix(".narinfo")?)
@@ -313,6 +325,8 @@ pub fn remove(path: &Path) -> io::Result<()> {
 
 /// More than the parser takes.
 const NARINFO_BYTES_MAX: u64 = 1 << 20;
+const LOCK_TRIES: u32 = 4;
+const LOCK_PAUSE: Duration = Duration::from_millis(5);
 
 #[cfg(test)]
 mod tests {

@@ -116,6 +116,16 @@ impl Index {
         })
     }
 
+    /// Returns the last use of a path.
+    pub fn last_use_of(&self, hash: StorePathHash) -> Result<Option<u64>, IndexError> {
+        guarded(|| {
+            let read = self.database.begin_read().map_err(redb::Error::from)?;
+            let uses = read.open_table(USES).map_err(redb::Error::from)?;
+            let found = uses.get(&hash.0).map_err(redb::Error::from)?;
+            Ok(found.map(|found| found.value().0))
+        })
+    }
+
     /// Returns up to `count` paths with a NAR, in the order of their hashes, after one of them.
     pub fn page(
         &self,

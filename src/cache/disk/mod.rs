@@ -6,6 +6,7 @@
 //! place     a running fill                  writer    the one thread that changes anything
 //! commit    group commit                    removal   eviction and removal
 //! reconcile the background pass at start    shared    state, and whether all is well
+//! upkeep    what `muster cache` does        verify    whether one NAR is right
 //! ```
 //!
 //! Opening never fails and never scans: a folder that cannot be used is a degraded cache, which is
@@ -20,6 +21,8 @@ mod reconcile;
 pub mod removal;
 mod shared;
 pub mod text;
+pub mod upkeep;
+pub mod verify;
 mod writer;
 
 use std::io;

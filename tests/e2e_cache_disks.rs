@@ -1,0 +1,131 @@
+//! The cache on a full and on a read-only file system, which takes root to make.
+
+mod cache;
+
+use std::fs;
+use std::process::Command;
+
+use muster::cache::backend::{Backend, Error};
+use muster::cache::disk::DiskCache;
+
+use cache::{fill, folder_is_whole, look_up, options, path, read, settle, wait};
+
+/// A small file system, as root may make one; unmounted when dropped.
+struct Disk(tempfile::TempDir);
+
+impl Disk {
+    fn new(size: &str) -> Self {
+        let disk = Self(tempfile::tempdir().unwrap());
+        disk.mount(&["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"]);
+        disk
+    }
+
+    fn mount(&self, args: &[&str]) {
+        let mut mount = Command::new("mount");
+        let done = mount.args(args).arg(self.0.path()).status();
+        assert!(
+            done.unwrap().success(),
+            "these tests mount: run them as root"
+        );
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        // Lazily: a test that failed still has it open.
+        _ = Command::new("umount").arg("-l").arg(self.0.path()).status();
+    }
+}
+
+#[tokio::test]
+async fn a_full_disk_degrades_and_room_heals() {
+    // With a margin that keeps the index writable, and without one, so that its writes fail, too.
+    for free_bytes_min in [1 << 20, 0] {
+        let disk = Disk::new("8m");
+        let dir = disk.0.path().join("cache");
+        let bounds = || muster::cache::disk::Options {
+            free_bytes_min,
+            ..options(1 << 30)
+        };
+        let cache = DiskCache::open(&dir, bounds());
+        let (info, nar) = path(0, 50_000);
+        fill(&cache, &info, &nar).await.unwrap();
+        let others = disk.0.path().join("others");
+        let mut failed = None;
+        for number in 1..400 {
+            if number == 20 {
+                let free = rustix::fs::statvfs(disk.0.path()).unwrap();
+                let rest = free.f_bavail * free.f_frsize;
+                let size = rest.saturating_sub(free_bytes_min.max(150_000));
+                fs::write(&others, vec![0; usize::try_from(size).unwrap()]).unwrap();
+            }
+            let (info, nar) = path(number, 50_000);
+            if let Err(error) = fill(&cache, &info, &nar).await {
+                failed = Some(error);
+                break;
+            }
+        }
+        assert!(failed.is_some(), "the disk never was full");
+        wait("degraded state", || {
+            _ = cache
+                .begin(50_000)
+                .map(|mut fill| fill.write(&[0; 500_000]));
+            cache.stats().degraded.is_some()
+        })
+        .await;
+        let cause = cache.stats().degraded.unwrap();
+        let place = disk.0.path().display().to_string();
+        assert!(cause.contains(&place), "it says where: {cause}");
+        let record = cache.look_up(info.path.hash()).unwrap();
+        assert_eq!(read(&cache, &record), Some(nar.clone()), "reads go on");
+        assert!(matches!(cache.begin(1), Err(Error::Degraded(_))));
+
+        fs::remove_file(&others).unwrap();
+        wait("recovery", || {
+            _ = cache.begin(1);
+            cache.stats().degraded.is_none()
+        })
+        .await;
+        let (late, late_nar) = path(1000, 50_000);
+        fill(&cache, &late, &late_nar).await.unwrap();
+        settle(&cache).await;
+        let record = cache.look_up(info.path.hash()).unwrap();
+        assert_eq!(read(&cache, &record), Some(nar));
+        cache.stop().await;
+        folder_is_whole(&dir);
+    }
+}
+
+#[tokio::test]
+async fn a_read_only_folder_is_read() {
+    let disk = Disk::new("16m");
+    let dir = disk.0.path().join("cache");
+    let cache = DiskCache::open(&dir, options(1 << 20));
+    let (info, nar) = path(1, 2000);
+    fill(&cache, &info, &nar).await.unwrap();
+    cache.stop().await;
+    drop(cache);
+    disk.mount(&["-o", "remount,ro"]);
+    let cache = DiskCache::open(&dir, options(1 << 20));
+    let cause = cache.stats().degraded.unwrap();
+    assert!(
+        cause.contains("Read-only") && cause.contains("cache"),
+        "{cause}"
+    );
+    let record = cache.look_up(info.path.hash()).unwrap();
+    assert_eq!(read(&cache, &record), Some(nar.clone()));
+    assert!(matches!(cache.begin(1), Err(Error::Degraded(_))));
+    cache.remember(look_up(&path(2, 10).0));
+    cache.forget(info.path.hash());
+    cache.flush().await;
+
+    disk.mount(&["-o", "remount,rw"]);
+    wait("recovery", || {
+        _ = cache.begin(1);
+        cache.stats().degraded.is_none()
+    })
+    .await;
+    let (other, other_nar) = path(3, 2000);
+    fill(&cache, &other, &other_nar).await.unwrap();
+    cache.stop().await;
+}
