@@ -87,12 +87,13 @@ pub fn stores(config: &Config) -> Vec<Arc<Store>> {
 
 /// Signs the stores made by [`stores`] of the same configuration, while `show` shows them.
 ///
-/// Returns when all are done, or soon after SIGINT or SIGTERM. `show` is dropped then; it must not be
-/// needed for the work to go on.
+/// `prepared` is called when it is known which stores cannot be signed, before anything is signed.
+/// Returns when all are done, or soon after SIGINT or SIGTERM, and drops `show` then.
 pub fn run(
     config: &Config,
     stores: &[Arc<Store>],
     order: Order,
+    prepared: impl FnOnce(),
     show: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -103,7 +104,7 @@ pub fn run(
     let done = runtime.block_on(async {
         let mut signals = Signals::listen()?;
         let (tell_stop, stop) = watch::channel(false);
-        let work = work(config, stores, order, stop);
+        let work = work(config, stores, order, prepared, stop);
         let stopping = async {
             signals.next().await;
             tell_stop.send_replace(true);
@@ -158,6 +159,7 @@ async fn work(
     config: &Config,
     stores: &[Arc<Store>],
     order: Order,
+    prepared: impl FnOnce(),
     stop: watch::Receiver<bool>,
 ) -> anyhow::Result<()> {
     let starter = Starter::new()?;
@@ -200,8 +202,8 @@ async fn work(
             }
         });
     }
-    // Nothing is signed before it is known, and shown, what cannot be.
     let ready = preparing.join_all().await;
+    prepared();
     let mut running = JoinSet::new();
     for (store, signing, kind) in ready.into_iter().flatten() {
         let (turns, stop) = (turns.clone(), stop.clone());

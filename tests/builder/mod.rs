@@ -10,6 +10,8 @@
     reason = "each test binary uses its own part, and one uses all"
 )]
 
+pub mod stores;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::{TcpListener, TcpStream};
@@ -160,7 +162,7 @@ impl Builder {
         String::from_utf8(output.stdout).unwrap()
     }
 
-    fn environment(&self) -> BTreeMap<&'static str, String> {
+    pub fn environment(&self) -> BTreeMap<&'static str, String> {
         let path = |name: &str| self.path(name).to_str().unwrap().to_owned();
         BTreeMap::from([
             ("NIX_STORE_DIR", path("store")),
@@ -177,7 +179,7 @@ impl Builder {
     /// Writes `bin/nix-daemon` and the like, which run the Nix that is chosen.
     fn write_programs(&self) {
         self.write_program("hook", "echo '# decline-permanently' >&2");
-        for name in ["nix-daemon", "nix-store", "nix-instantiate"] {
+        for name in ["nix", "nix-daemon", "nix-store", "nix-instantiate"] {
             let run = match std::env::var("MUSTER_TEST_NIX").as_deref() {
                 Err(_) | Ok("2.8") => format!("exec /usr/bin/{name} \"$@\""),
                 Ok(version) => {

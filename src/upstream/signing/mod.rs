@@ -316,7 +316,8 @@ impl Way {
                     if task.tries >= TRIES_MAX && alone {
                         chunk.lost = Some(error);
                         let words = "the daemon ends the session instead of adding its signature";
-                        self.fail_with(task, words, tally, &mut chunk);
+                        // No progress: a daemon that dies on each path is given up.
+                        tally.fail(task.path, words, self.signer.store_dir());
                     } else {
                         self.err(session, task, error, tally, &mut chunk);
                     }
@@ -355,11 +356,7 @@ impl Way {
     }
 
     fn fail(&self, task: Task, error: &Error, tally: &Tally, chunk: &mut Chunk) {
-        self.fail_with(task, &error.to_string(), tally, chunk);
-    }
-
-    fn fail_with(&self, task: Task, words: &str, tally: &Tally, chunk: &mut Chunk) {
-        tally.fail(task.path, words, self.signer.store_dir());
+        tally.fail(task.path, &error.to_string(), self.signer.store_dir());
         chunk.settled += 1;
     }
 }
@@ -378,7 +375,7 @@ impl Default for SigningOptions {
             session: SessionOptions::default(),
             chunk_paths: 128,
             chunks_max: 16,
-            barren_sessions_max: 8,
+            barren_sessions_max: 12,
             retry_after: vec![second / 4, second, second * 3, second * 10],
             list_timeout: second * 120,
         }
@@ -415,3 +412,6 @@ const QUESTION_BYTES: usize = 384;
 
 /// Paths that the permission is tried on, as the first may have been collected.
 const PROBES_MAX: usize = 16;
+
+#[cfg(test)]
+mod tests;
