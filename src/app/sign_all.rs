@@ -42,7 +42,9 @@ pub struct Progress {
     pub peer: Option<String>,
     /// When signing began.
     pub began: Option<Instant>,
-    /// How long signing took; `None` while it goes on.
+    /// How long listing and trying took, without the login.
+    pub prepared_in: Duration,
+    /// How long all of it took, without login and waiting for others; `None` while it goes on.
     pub took: Option<Duration>,
 }
 
@@ -135,11 +137,18 @@ impl Store {
         match &phase {
             Phase::Signing => progress.began = Some(now),
             Phase::Done | Phase::Stopped | Phase::Failed(_) => {
-                progress.took = progress.began.map(|began| now - began);
+                let signing = progress.began.map(|began| now - began);
+                progress.took = signing.map(|signing| progress.prepared_in + signing);
             }
             Phase::Waiting | Phase::Preparing | Phase::Ready => {}
         }
         progress.phase = phase;
+    }
+
+    fn prepared(&self, signing: &Signing) {
+        let mut progress = self.lock();
+        progress.peer = Some(signing.peer());
+        progress.prepared_in = signing.prepared_in();
     }
 
     /// Notes that what is not over by now will not be.
@@ -191,7 +200,7 @@ async fn work(
             };
             match opened {
                 Ok(signing) => {
-                    store.lock().peer = Some(signing.peer());
+                    store.prepared(&signing);
                     store.enter(Phase::Ready);
                     Some((store, signing, kind))
                 }

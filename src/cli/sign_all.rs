@@ -182,7 +182,7 @@ JSON (--json), on standard output; fields may be added:
       \"skipped\": { \"signed-already\": N, \"content-addressed\": N, \"gone\": N },
       \"failed\": N, \"left\": N,                         left: not reached
       \"failures\": [{ \"reason\": STRING, \"count\": N, \"examples\": [PATH…] }],
-      \"seconds\": NUMBER or null                       without login and listing
+      \"seconds\": NUMBER or null                       without the login
     }] }
 
 Exit status:

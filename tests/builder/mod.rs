@@ -153,7 +153,7 @@ impl Builder {
         self.run("nix-store", arguments)
     }
 
-    fn run(&self, program: &str, arguments: &[&str]) -> String {
+    pub fn run(&self, program: &str, arguments: &[&str]) -> String {
         let mut command = Command::new(self.path("bin").join(program));
         let output = command.args(arguments).envs(self.environment()).output();
         let output = output.unwrap_or_else(|e| panic!("{program}: {e}"));

@@ -7,6 +7,7 @@ use std::fs;
 use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use muster::nix::hash::{NarHash, encode_hex};
 use muster::nix::store_path::{StorePath, StorePathHash};
@@ -37,6 +38,20 @@ impl RootedStore<'_> {
     /// The store as Nix names it.
     pub fn uri(&self) -> String {
         format!("local?root={}", self.root.display())
+    }
+
+    /// Copies the store with its database; no process may use it.
+    pub fn copy(&self) -> Self {
+        static COPIES: AtomicU64 = AtomicU64::new(0);
+        let number = COPIES.fetch_add(1, Ordering::Relaxed);
+        let root = self.builder.path(&format!("copy-{number}"));
+        let mut copy = Command::new("cp");
+        let copied = copy.arg("-a").arg(&self.root).arg(&root).status();
+        assert!(copied.unwrap().success());
+        Self {
+            builder: self.builder,
+            root,
+        }
     }
 
     /// A command of Nix on this store.

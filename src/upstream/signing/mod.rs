@@ -16,7 +16,7 @@ pub mod tally;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
@@ -87,6 +87,7 @@ pub struct Signing {
     session: Session,
     tasks: VecDeque<Task>,
     tally: Arc<Tally>,
+    prepared_in: Duration,
 }
 
 /// How to get there and what to do.
@@ -132,6 +133,7 @@ impl Signing {
             options,
         };
         let mut session = way.log_in().await.map_err(SigningError::Upstream)?;
+        let logged_in = Instant::now();
         let listing = timeout(way.options.list_timeout, list(&session));
         let listed = listing.await.unwrap_or_else(|_| {
             Err(Error::TimedOut {
@@ -152,7 +154,13 @@ impl Signing {
             session,
             tasks,
             tally,
+            prepared_in: logged_in.elapsed(),
         })
+    }
+
+    /// Returns how long listing and trying took, without the login.
+    pub fn prepared_in(&self) -> Duration {
+        self.prepared_in
     }
 
     /// Names the daemon for people: `Nix 2.34.8, protocol 1.38`.
