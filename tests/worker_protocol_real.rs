@@ -130,7 +130,7 @@ async fn a_signature_for_a_path_that_is_gone_ends_the_session_and_an_empty_set_c
     let info = path_info(&next.connection, first).await.unwrap();
     assert_eq!(info.signatures, []);
     let info = path_info(&next.connection, second).await.unwrap();
-    assert_eq!(info.signatures, [signature.clone()]);
+    assert_eq!(info.signatures, [signature]);
 }
 
 #[tokio::test]

@@ -135,12 +135,11 @@ impl Signing {
         let mut session = way.log_in().await.map_err(SigningError::Upstream)?;
         let logged_in = Instant::now();
         let listing = timeout(way.options.list_timeout, list(&session));
-        let listed = listing.await.unwrap_or_else(|_| {
-            Err(Error::TimedOut {
-                question: "QueryAllValidPaths",
-                after: way.options.list_timeout,
-            })
-        });
+        let late = Error::TimedOut {
+            question: "QueryAllValidPaths",
+            after: way.options.list_timeout,
+        };
+        let listed = listing.await.unwrap_or(Err(late));
         let tasks = match listed {
             Ok(tasks) => tasks,
             Err(error) => return Err(SigningError::Upstream(session.explain(error).await)),
