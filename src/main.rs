@@ -9,8 +9,8 @@ fn main() -> ExitCode {
     let done = |result: anyhow::Result<()>| result.map(|()| ExitCode::SUCCESS);
     let result = match Cli::parse().command {
         Command::Serve(args) => done(cli::serve::run(&args)),
-        Command::Key(command) => done(cli::key::run(&command)),
         Command::SignAll(args) => cli::sign_all::run(&args),
+        Command::Key(command) => done(cli::key::run(&command)),
         Command::CheckConfig(args) => cli::check_config::run(&args),
         Command::Completions(args) => done(cli::completions::run(&args)),
         Command::Man(args) => done(cli::man::run(&args)),

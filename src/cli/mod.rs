@@ -39,11 +39,11 @@ pub struct Cli {
 pub enum Command {
     /// Serve the stores of all builders as one substituter
     Serve(Box<serve::Args>),
+    /// Sign every path that stores already have
+    SignAll(Box<sign_all::Args>),
     /// Make signing keys and show their public halves
     #[command(subcommand)]
     Key(key::Command),
-    /// Sign every path that stores already have
-    SignAll(Box<sign_all::Args>),
     /// Say what a configuration means, or what is wrong with it
     CheckConfig(check_config::Args),
     /// Write a completion script for a shell
