@@ -107,6 +107,33 @@ async fn every_question_is_answered() {
 }
 
 #[tokio::test]
+async fn a_signature_for_a_path_that_is_gone_ends_the_session_and_an_empty_set_changes_nothing() {
+    let store = PrivateStore::new();
+    let infos = store.fill(2).await;
+    let daemon = store.daemon().await;
+    let (there, missing) = (infos[1].path.clone(), numbered(1000));
+    let nothing = Request::AddSignatures(there.clone(), vec![]);
+    assert_eq!(daemon.connection.ask(nothing).await.unwrap(), Reply::Done);
+    let unchanged = path_info(&daemon.connection, &there).await;
+    assert_eq!(unchanged.as_ref(), Some(&infos[1]));
+
+    let signature = Signature::parse(&format!("key-1:{}==", "A".repeat(86))).unwrap();
+    let sign = |path: &StorePath| Request::AddSignatures(path.clone(), vec![signature.clone()]);
+    let requests = vec![sign(&there), sign(&missing), sign(&infos[0].path)];
+    let answers = daemon.connection.ask_many(requests).await;
+    assert_eq!(answers[0].as_ref().ok(), Some(&Reply::Done));
+    // It crashes; the one after it is not answered either, nor done.
+    assert!(matches!(answers[1], Err(Error::Lost(_))), "{answers:?}");
+    assert!(matches!(answers[2], Err(Error::Lost(_))), "{answers:?}");
+    let next = store.daemon().await;
+    let (first, second) = (&infos[0].path, &there);
+    let info = path_info(&next.connection, first).await.unwrap();
+    assert_eq!(info.signatures, []);
+    let info = path_info(&next.connection, second).await.unwrap();
+    assert_eq!(info.signatures, [signature]);
+}
+
+#[tokio::test]
 async fn a_path_that_nix_added_proves_itself() {
     let store = PrivateStore::new();
     let script = "cd \"$NIX_STORE_DIR/..\" && echo hello >hello && nix-store --add hello";

@@ -42,7 +42,9 @@ pub struct Progress {
     pub peer: Option<String>,
     /// When signing began.
     pub began: Option<Instant>,
-    /// How long signing took; `None` while it goes on.
+    /// How long listing and trying took, without the login.
+    pub prepared_in: Duration,
+    /// How long all of it took, without login and waiting for others; `None` while it goes on.
     pub took: Option<Duration>,
 }
 
@@ -87,12 +89,13 @@ pub fn stores(config: &Config) -> Vec<Arc<Store>> {
 
 /// Signs the stores made by [`stores`] of the same configuration, while `show` shows them.
 ///
-/// Returns when all are done, or soon after SIGINT or SIGTERM. `show` is dropped then; it must not be
-/// needed for the work to go on.
+/// `prepared` is called when it is known which stores cannot be signed, before anything is signed.
+/// Returns when all are done, or soon after SIGINT or SIGTERM, and drops `show` then.
 pub fn run(
     config: &Config,
     stores: &[Arc<Store>],
     order: Order,
+    prepared: impl FnOnce(),
     show: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -103,7 +106,7 @@ pub fn run(
     let done = runtime.block_on(async {
         let mut signals = Signals::listen()?;
         let (tell_stop, stop) = watch::channel(false);
-        let work = work(config, stores, order, stop);
+        let work = work(config, stores, order, prepared, stop);
         let stopping = async {
             signals.next().await;
             tell_stop.send_replace(true);
@@ -134,11 +137,18 @@ impl Store {
         match &phase {
             Phase::Signing => progress.began = Some(now),
             Phase::Done | Phase::Stopped | Phase::Failed(_) => {
-                progress.took = progress.began.map(|began| now - began);
+                let signing = progress.began.map(|began| now - began);
+                progress.took = signing.map(|signing| progress.prepared_in + signing);
             }
             Phase::Waiting | Phase::Preparing | Phase::Ready => {}
         }
         progress.phase = phase;
+    }
+
+    fn prepared(&self, signing: &Signing) {
+        let mut progress = self.lock();
+        progress.peer = Some(signing.peer());
+        progress.prepared_in = signing.prepared_in();
     }
 
     /// Notes that what is not over by now will not be.
@@ -158,6 +168,7 @@ async fn work(
     config: &Config,
     stores: &[Arc<Store>],
     order: Order,
+    prepared: impl FnOnce(),
     stop: watch::Receiver<bool>,
 ) -> anyhow::Result<()> {
     let starter = Starter::new()?;
@@ -189,7 +200,7 @@ async fn work(
             };
             match opened {
                 Ok(signing) => {
-                    store.lock().peer = Some(signing.peer());
+                    store.prepared(&signing);
                     store.enter(Phase::Ready);
                     Some((store, signing, kind))
                 }
@@ -200,8 +211,8 @@ async fn work(
             }
         });
     }
-    // Nothing is signed before it is known, and shown, what cannot be.
     let ready = preparing.join_all().await;
+    prepared();
     let mut running = JoinSet::new();
     for (store, signing, kind) in ready.into_iter().flatten() {
         let (turns, stop) = (turns.clone(), stop.clone());

@@ -47,11 +47,11 @@ pub struct Cli {
 pub enum Command {
     /// Serve the stores of all builders as one substituter
     Serve(Box<serve::Args>),
+    /// Sign every path that stores already have
+    SignAll(Box<sign_all::Args>),
     /// Make signing keys and show their public halves
     #[command(subcommand)]
     Key(key::Command),
-    /// Sign every path that stores already have
-    SignAll(Box<sign_all::Args>),
     /// Look after the NARs that are kept on disk
     Cache(cache::Args),
     /// Say what a configuration means, or what is wrong with it

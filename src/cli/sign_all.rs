@@ -17,6 +17,7 @@ use crate::config::{Config, Environment, LogFormat, Look, Source};
 use crate::nix::store_path::StoreDir;
 use crate::nix::store_uri::{StoreKind, StoreUri};
 use crate::upstream::signing::Mode;
+use progress::Display;
 
 /// Sign every path that stores already have
 ///
@@ -85,7 +86,11 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         },
     };
     let stores = sign_all::stores(&config);
-    sign_all::run(&config, &stores, order, progress::show(&stores, order.mode))?;
+    let display = Display::new(&stores, order.mode);
+    let prepared = || display.draw();
+    sign_all::run(&config, &stores, order, prepared, display.keep_drawing())?;
+    display.draw();
+    drop(display);
     let report = report::Report::new(&config, &stores, order.mode);
     super::print(&match args.json {
         true => format!("{:#}\n", report.to_json()),
@@ -177,7 +182,7 @@ JSON (--json), on standard output; fields may be added:
       \"skipped\": { \"signed-already\": N, \"content-addressed\": N, \"gone\": N },
       \"failed\": N, \"left\": N,                         left: not reached
       \"failures\": [{ \"reason\": STRING, \"count\": N, \"examples\": [PATH…] }],
-      \"seconds\": NUMBER or null                       without login and listing
+      \"seconds\": NUMBER or null                       without the login
     }] }
 
 Exit status:

@@ -10,6 +10,8 @@
     reason = "each test binary uses its own part, and one uses all"
 )]
 
+pub mod stores;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::{TcpListener, TcpStream};
@@ -162,7 +164,7 @@ impl Builder {
         String::from_utf8(output.stdout).unwrap()
     }
 
-    fn environment(&self) -> BTreeMap<&'static str, String> {
+    pub fn environment(&self) -> BTreeMap<&'static str, String> {
         let path = |name: &str| self.path(name).to_str().unwrap().to_owned();
         BTreeMap::from([
             ("NIX_STORE_DIR", path("store")),

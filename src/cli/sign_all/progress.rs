@@ -1,7 +1,7 @@
 //! How far it is: a bar for each store on a terminal, lines of text elsewhere; on standard error.
 
 use std::io::{self, IsTerminal as _, Write as _};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
@@ -11,39 +11,69 @@ use crate::app::sign_all::{Phase, Progress, Store};
 use crate::upstream::signing::Mode;
 use crate::upstream::signing::tally::Counts;
 
-/// Shows the stores until it is dropped.
-pub(super) async fn show(stores: &[Arc<Store>], mode: Mode) {
-    if io::stderr().is_terminal() {
-        bars(stores).await;
-    } else {
-        lines(stores, mode).await;
-    }
+/// Shows how far the stores are.
+pub(super) struct Display<'a> {
+    stores: &'a [Arc<Store>],
+    mode: Mode,
+    form: Form,
 }
 
-/// Writes a line to standard error; with nobody to read it, there is nobody to tell.
-pub(super) fn say(line: &str) {
-    _ = writeln!(io::stderr().lock(), "{line}");
-}
-
-async fn bars(stores: &[Arc<Store>]) {
-    let bars = Bars::new(stores);
-    let mut ticks = interval(REDRAWN_EVERY);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    loop {
-        ticks.tick().await;
-        for (store, bar) in stores.iter().zip(&bars.list) {
-            let (progress, counts) = (store.progress(), store.tally.counts());
-            bar.set_length(counts.paths.max(1));
-            bar.set_position(counts.settled());
-            bar.set_message(words(&progress, &counts));
-        }
-    }
+enum Form {
+    Bars(Bars),
+    /// What was last said of each store, and when.
+    Lines(Mutex<Vec<(Phase, Instant)>>),
 }
 
 /// The bars; their last state stays on the screen when dropped.
 struct Bars {
     _all: MultiProgress,
     list: Vec<ProgressBar>,
+}
+
+impl<'a> Display<'a> {
+    pub(super) fn new(stores: &'a [Arc<Store>], mode: Mode) -> Self {
+        let form = if io::stderr().is_terminal() {
+            Form::Bars(Bars::new(stores))
+        } else {
+            let nothing = stores.iter().map(|_| (Phase::Waiting, Instant::now()));
+            Form::Lines(Mutex::new(nothing.collect()))
+        };
+        Self { stores, mode, form }
+    }
+
+    /// Draws again and again; drop it to end that.
+    pub(super) async fn keep_drawing(&self) {
+        let mut ticks = interval(REDRAWN_EVERY);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            self.draw();
+        }
+    }
+
+    /// Shows what is new.
+    pub(super) fn draw(&self) {
+        match &self.form {
+            Form::Bars(bars) => bars.draw(self.stores),
+            Form::Lines(shown) => {
+                let mut shown = shown.lock().unwrap_or_else(PoisonError::into_inner);
+                for (store, (phase, at)) in self.stores.iter().zip(shown.iter_mut()) {
+                    self.line(store, phase, at);
+                }
+            }
+        }
+    }
+
+    fn line(&self, store: &Store, phase: &mut Phase, at: &mut Instant) {
+        let (progress, counts) = (store.progress(), store.tally.counts());
+        let news = progress.phase != *phase && worth_a_line(&progress.phase, self.mode);
+        let due = progress.phase == Phase::Signing && at.elapsed() >= LINE_EVERY;
+        if news || due {
+            say(&format!("{}: {}", store.name, words(&progress, &counts)));
+            *at = Instant::now();
+        }
+        *phase = progress.phase;
+    }
 }
 
 impl Bars {
@@ -63,6 +93,15 @@ impl Bars {
             _all: all,
         }
     }
+
+    fn draw(&self, stores: &[Arc<Store>]) {
+        for (store, bar) in stores.iter().zip(&self.list) {
+            let (progress, counts) = (store.progress(), store.tally.counts());
+            bar.set_length(counts.paths.max(1));
+            bar.set_position(counts.settled());
+            bar.set_message(words(&progress, &counts));
+        }
+    }
 }
 
 impl Drop for Bars {
@@ -73,26 +112,9 @@ impl Drop for Bars {
     }
 }
 
-async fn lines(stores: &[Arc<Store>], mode: Mode) {
-    let mut shown: Vec<(Phase, Instant)> = stores
-        .iter()
-        .map(|_| (Phase::Waiting, Instant::now()))
-        .collect();
-    let mut ticks = interval(REDRAWN_EVERY);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    loop {
-        ticks.tick().await;
-        for (store, (phase, at)) in stores.iter().zip(&mut shown) {
-            let (progress, counts) = (store.progress(), store.tally.counts());
-            let news = progress.phase != *phase && worth_a_line(&progress.phase, mode);
-            let due = progress.phase == Phase::Signing && at.elapsed() >= LINE_EVERY;
-            if news || due {
-                say(&format!("{}: {}", store.name, words(&progress, &counts)));
-                *at = Instant::now();
-            }
-            *phase = progress.phase;
-        }
-    }
+/// Writes a line to standard error; with nobody to read it, there is nobody to tell.
+pub(super) fn say(line: &str) {
+    _ = writeln!(io::stderr().lock(), "{line}");
 }
 
 fn worth_a_line(phase: &Phase, mode: Mode) -> bool {

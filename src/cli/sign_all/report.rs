@@ -46,7 +46,7 @@ impl Report {
 
     /// Tells whether every path of every store is signed or needs no signature.
     pub(super) fn ok(&self) -> bool {
-        self.stores.iter().all(Line::ok)
+        !self.stores.is_empty() && self.stores.iter().all(Line::ok)
     }
 
     fn interrupted(&self) -> bool {

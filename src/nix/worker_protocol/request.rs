@@ -301,6 +301,29 @@ mod tests {
     }
 
     #[test]
+    fn signatures_follow_their_path() {
+        let text = format!("k-1:{}==", "A".repeat(86));
+        let signature = Signature::parse(&text).unwrap();
+        let bytes = encoded(34, &Request::AddSignatures(path(), vec![signature]));
+        let path =
+            b"\x31\0\0\0\0\0\0\0/nix/store/i4f75pn3bxkxdk2kld86k5qazq4cqj8i-hello\0\0\0\0\0\0\0";
+        let count_and_len = b"\x01\0\0\0\0\0\0\0\x5c\0\0\0\0\0\0\0";
+        let operation = b"\x25\0\0\0\0\0\0\0";
+        let padding = b"\0\0\0\0";
+        let parts = [
+            &operation[..],
+            path,
+            count_and_len,
+            text.as_bytes(),
+            padding,
+        ];
+        assert_eq!(bytes, parts.concat());
+        // None at all: what asks for the permission without changing anything.
+        let none = encoded(34, &Request::AddSignatures(self::path(), vec![]));
+        assert_eq!(none, [&operation[..], path, &[0; 8]].concat());
+    }
+
+    #[test]
     fn the_substitute_flag_came_with_1_27() {
         let request = Request::QueryValidPaths(vec![path()]);
         let (old, new) = (encoded(26, &request), encoded(27, &request));

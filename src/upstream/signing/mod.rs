@@ -16,7 +16,7 @@ pub mod tally;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
@@ -87,6 +87,7 @@ pub struct Signing {
     session: Session,
     tasks: VecDeque<Task>,
     tally: Arc<Tally>,
+    prepared_in: Duration,
 }
 
 /// How to get there and what to do.
@@ -132,13 +133,13 @@ impl Signing {
             options,
         };
         let mut session = way.log_in().await.map_err(SigningError::Upstream)?;
+        let logged_in = Instant::now();
         let listing = timeout(way.options.list_timeout, list(&session));
-        let listed = listing.await.unwrap_or_else(|_| {
-            Err(Error::TimedOut {
-                question: "QueryAllValidPaths",
-                after: way.options.list_timeout,
-            })
-        });
+        let late = Error::TimedOut {
+            question: "QueryAllValidPaths",
+            after: way.options.list_timeout,
+        };
+        let listed = listing.await.unwrap_or(Err(late));
         let tasks = match listed {
             Ok(tasks) => tasks,
             Err(error) => return Err(SigningError::Upstream(session.explain(error).await)),
@@ -152,7 +153,13 @@ impl Signing {
             session,
             tasks,
             tally,
+            prepared_in: logged_in.elapsed(),
         })
+    }
+
+    /// Returns how long listing and trying took, without the login.
+    pub fn prepared_in(&self) -> Duration {
+        self.prepared_in
     }
 
     /// Names the daemon for people: `Nix 2.34.8, protocol 1.38`.
@@ -316,7 +323,8 @@ impl Way {
                     if task.tries >= TRIES_MAX && alone {
                         chunk.lost = Some(error);
                         let words = "the daemon ends the session instead of adding its signature";
-                        self.fail_with(task, words, tally, &mut chunk);
+                        // No progress: a daemon that dies on each path is given up.
+                        tally.fail(task.path, words, self.signer.store_dir());
                     } else {
                         self.err(session, task, error, tally, &mut chunk);
                     }
@@ -355,11 +363,7 @@ impl Way {
     }
 
     fn fail(&self, task: Task, error: &Error, tally: &Tally, chunk: &mut Chunk) {
-        self.fail_with(task, &error.to_string(), tally, chunk);
-    }
-
-    fn fail_with(&self, task: Task, words: &str, tally: &Tally, chunk: &mut Chunk) {
-        tally.fail(task.path, words, self.signer.store_dir());
+        tally.fail(task.path, &error.to_string(), self.signer.store_dir());
         chunk.settled += 1;
     }
 }
@@ -378,7 +382,7 @@ impl Default for SigningOptions {
             session: SessionOptions::default(),
             chunk_paths: 128,
             chunks_max: 16,
-            barren_sessions_max: 8,
+            barren_sessions_max: 12,
             retry_after: vec![second / 4, second, second * 3, second * 10],
             list_timeout: second * 120,
         }
@@ -415,3 +419,6 @@ const QUESTION_BYTES: usize = 384;
 
 /// Paths that the permission is tried on, as the first may have been collected.
 const PROBES_MAX: usize = 16;
+
+#[cfg(test)]
+mod tests;

@@ -1,5 +1,6 @@
 //! What became of each path of a store: counted while it goes on, failures kept by their reason.
 
+use std::cmp::Reverse;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -71,7 +72,7 @@ impl Tally {
     /// Returns the failures by reason, the most frequent first.
     pub fn failures(&self) -> Vec<Failure> {
         let mut failures = self.lock().clone();
-        failures.sort_by(|a, b| b.count.cmp(&a.count));
+        failures.sort_by_key(|failure| Reverse(failure.count));
         failures
     }
 
