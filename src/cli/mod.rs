@@ -13,6 +13,7 @@ pub mod serve;
 pub mod settings;
 pub mod status;
 mod units;
+pub mod why;
 
 use std::io::{self, ErrorKind, IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
@@ -54,6 +55,8 @@ pub enum Command {
     Check(Box<check::Args>),
     /// Show how a running muster and its upstreams are
     Status(status::Args),
+    /// Say who has a path, what would be served of it, and whether a client would take it
+    Why(Box<why::Args>),
     /// Write a completion script for a shell
     Completions(completions::Args),
     /// Write the manual pages

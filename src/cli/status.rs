@@ -215,7 +215,7 @@ fn figures(page: &mut Page, report: &Value) {
     let unsure = number(&narinfo["absent-without-full-knowledge"]);
     if unsure > 0 {
         let line = format!(
-            "           {unsure} times 404 without full knowledge: an upstream could not be asked"
+            "           {unsure} absent without full knowledge: an upstream could not be asked"
         );
         page.line(0, &line, Tone::Doubtful);
     }
@@ -257,7 +257,7 @@ fn divergent(page: &mut Page, report: &Value) {
     if count == 0 {
         return;
     }
-    let words = format!("divergent  {count} paths have other bytes on another upstream:");
+    let words = format!("divergent  {count} with other bytes on another upstream:");
     page.line(0, &words, Tone::Doubtful);
     let shown = items(&report["divergent"]);
     for path in shown.iter().take(DIVERGENT_LINES_MAX) {

@@ -160,6 +160,32 @@ impl Builder {
         String::from_utf8(output.stdout).unwrap()
     }
 
+    /// Makes a second database for the same store directory, as of another machine, and starts its daemon.
+    ///
+    /// It knows these paths alone, by the NAR hash in hex and the size that are given; their files are the
+    /// first one's.
+    pub fn second_daemon(&self, name: &str, paths: &[(&StorePath, &str, u64)]) -> Daemon {
+        let state = self.path(&format!("{name}-state"));
+        let mut lines = String::new();
+        for (path, hash, size) in paths {
+            let path = self.store_dir.join(path);
+            lines.push_str(&format!("{path}\n{hash}\n{size}\n\n0\n"));
+        }
+        let mut environment = self.environment();
+        environment.insert("NIX_STATE_DIR", state.to_str().unwrap().to_owned());
+        let mut register = Command::new(self.path("bin/nix-store"))
+            .args(["--register-validity", "--hash-given"])
+            .envs(&environment)
+            .stdin(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut stdin = register.stdin.take().unwrap();
+        std::io::Write::write_all(&mut stdin, lines.as_bytes()).unwrap();
+        drop(stdin);
+        assert!(register.wait().unwrap().success());
+        self.daemon_with(self.path(&format!("{name}-socket")), &environment)
+    }
+
     fn environment(&self) -> BTreeMap<&'static str, String> {
         let path = |name: &str| self.path(name).to_str().unwrap().to_owned();
         BTreeMap::from([
@@ -242,10 +268,13 @@ impl Builder {
 
     /// Starts a nix-daemon on a socket of its own.
     pub fn daemon(&self) -> Daemon {
-        let socket = self.path("socket");
+        self.daemon_with(self.path("socket"), &self.environment())
+    }
+
+    fn daemon_with(&self, socket: PathBuf, environment: &BTreeMap<&str, String>) -> Daemon {
         let mut command = Command::new(self.path("bin").join("nix-daemon"));
         command
-            .envs(self.environment())
+            .envs(environment)
             .env("NIX_DAEMON_SOCKET_PATH", &socket);
         let child = command
             .stdin(Stdio::null())
