@@ -223,11 +223,7 @@ fn what_each_upstream_gave_and_what_went_wrong() {
     );
     let shown = server.status(&["--url", &server.url()]);
     assert_eq!(shown.status, 0);
-    assert!(
-        shown.out.contains("1 with other bytes"),
-        "{}",
-        shown.out
-    );
+    assert!(shown.out.contains("1 with other bytes"), "{}", shown.out);
     assert!(
         shown.out.contains(&builder.store_dir.join(&path)),
         "{}",

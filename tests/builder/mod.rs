@@ -127,9 +127,19 @@ impl Builder {
              builder = \"/bin/sh\"; args = [ \"-c\" \"echo {words}; echo {name} > $out\" ]; }}"
         );
         fs::write(&file, text).unwrap();
-        let file = file.to_str().unwrap();
-        let derivation = self.run("nix-instantiate", &[file]);
-        let derivation = derivation.trim();
+        let derivation = self.instantiate(file.to_str().unwrap());
+        let output = self.realise(&derivation);
+        let parse = |text: &str| self.store_dir.parse(text.trim()).unwrap();
+        (parse(&derivation), parse(&output))
+    }
+
+    /// Evaluates a file; returns the derivation's path.
+    pub fn instantiate(&self, file: &str) -> String {
+        self.run("nix-instantiate", &[file]).trim().to_owned()
+    }
+
+    /// Builds a derivation; returns its output's path.
+    pub fn realise(&self, derivation: &str) -> String {
         let hook = self.path("bin/hook");
         let mut arguments = vec!["--realise", derivation];
         // A Nix that runs by way of its loader cannot call itself as its build hook, and 2.26 takes
@@ -137,9 +147,7 @@ impl Builder {
         if std::env::var_os("MUSTER_TEST_NIX").is_some() {
             arguments.extend(["--option", "build-hook", hook.to_str().unwrap()]);
         }
-        let output = self.nix_store(&arguments);
-        let parse = |text: &str| self.store_dir.parse(text.trim()).unwrap();
-        (parse(derivation), parse(&output))
+        self.nix_store(&arguments)
     }
 
     /// Runs the garbage collector.
