@@ -8,9 +8,11 @@
 //! ```
 
 mod announce;
+mod binary_caches;
 mod files;
 mod listeners;
 mod reload;
+pub mod sign_all;
 pub(crate) mod upstreams;
 
 use std::time::Duration;

@@ -5,11 +5,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::{Context as _, anyhow};
 use tracing::warn;
 
 use crate::cache::memory::UpstreamId;
-use crate::config::{self, Config};
+use crate::config::{self, Config, LocalStore};
 use crate::nix::path_info::Trust;
 use crate::nix::store_uri::StoreKind;
 use crate::nix::store_uri::authority::Authority;
@@ -18,11 +18,15 @@ use crate::substituter::member::Member;
 use crate::upstream::Upstream;
 use crate::upstream::build_log::BuildLogs;
 use crate::upstream::daemon::DaemonSocket;
+use crate::upstream::local::database::Place;
+use crate::upstream::local::{LocalOptions, LocalUpstream};
 use crate::upstream::runtime_dir::RuntimeDir;
 use crate::upstream::ssh::{Ssh, SshOptions, SshTarget};
 use crate::upstream::ssh_command::split_options;
 use crate::upstream::wire::Dial;
 use crate::upstream::worker::{WorkerOptions, WorkerSetup, WorkerUpstream};
+
+use super::binary_caches::{self, BinaryCaches};
 
 /// The upstreams that run, by all that was said about them.
 pub(super) struct Upstreams {
@@ -35,6 +39,7 @@ pub(super) struct Upstreams {
 pub(crate) struct Starter {
     runtime_dir: Arc<RuntimeDir>,
     ssh_options: Vec<String>,
+    binary_caches: BinaryCaches,
 }
 
 impl Upstreams {
@@ -112,6 +117,7 @@ impl Starter {
         Ok(Self {
             runtime_dir: Arc::new(runtime_dir),
             ssh_options: split_options(&ssh_options)?,
+            binary_caches: BinaryCaches::default(),
         })
     }
 
@@ -121,6 +127,10 @@ impl Starter {
         upstream: &config::Upstream,
         config: &Config,
     ) -> anyhow::Result<Arc<dyn Upstream>> {
+        if let StoreKind::Http(..) | StoreKind::Https(..) | StoreKind::File(_) = upstream.uri.kind()
+        {
+            return Ok(Arc::new(self.binary_caches.start(upstream, config)?));
+        }
         let (dial, logs) = self.dial(upstream, config)?;
         let setup = WorkerSetup {
             name: upstream.name.clone(),
@@ -128,8 +138,7 @@ impl Starter {
             logs,
             store_dir: config.store_dir.clone(),
         };
-        let options = options(upstream, config);
-        Ok(Arc::new(WorkerUpstream::start(setup, options)))
+        run(setup, upstream, config)
     }
 
     /// Returns the way to an upstream's daemon, and to its build logs.
@@ -154,14 +163,14 @@ impl Starter {
                 Ok((ssh, logs))
             }
             StoreKind::Http(..) | StoreKind::Https(..) | StoreKind::File(_) => {
-                bail!("binary caches cannot be upstreams yet; list them in nix.conf beside muster")
+                Err(anyhow!("a binary cache has no daemon"))
             }
             StoreKind::Local(Some(_)) => Err(anyhow!(
                 "a store without a daemon cannot be asked; run a nix-daemon for it and name its \
                  socket as unix:///path"
             )),
             StoreKind::Unsupported(scheme) => Err(anyhow!(
-                "{scheme} stores cannot be upstreams; use ssh-ng://, ssh://, daemon or unix://"
+                "{scheme} stores cannot be upstreams; use ssh-ng://, ssh://, daemon, unix://, http://, https:// or file://"
             )),
         }
     }
@@ -199,6 +208,37 @@ impl Starter {
     }
 }
 
+/// Runs an upstream over a daemon; this machine's own store is read in place where it can be.
+fn run(
+    setup: WorkerSetup,
+    upstream: &config::Upstream,
+    config: &Config,
+) -> anyhow::Result<Arc<dyn Upstream>> {
+    let worker = options(upstream, config);
+    let Some(place) = own_place(upstream, config) else {
+        return Ok(Arc::new(WorkerUpstream::start(setup, worker)));
+    };
+    let options = LocalOptions {
+        worker,
+        ..LocalOptions::default()
+    };
+    let local = LocalUpstream::start(place, setup, options);
+    Ok(Arc::new(local.context("cannot start a thread")?))
+}
+
+/// Finds where an upstream's store lies on this machine, if that is to be read.
+fn own_place(upstream: &config::Upstream, config: &Config) -> Option<Place> {
+    let own = matches!(
+        upstream.uri.kind(),
+        StoreKind::Daemon | StoreKind::Local(None)
+    );
+    // A socket in another place belongs to a daemon of another store.
+    let beside = config.nix_state_dir.join("daemon-socket/socket");
+    let same = config.daemon_socket == beside;
+    let place = Place::new(&config.nix_state_dir, config.store_dir.clone());
+    (own && same && config.local_store == LocalStore::Auto).then_some(place)
+}
+
 fn options(upstream: &config::Upstream, config: &Config) -> WorkerOptions {
     let mut options = WorkerOptions::default();
     for session in [
@@ -209,7 +249,7 @@ fn options(upstream: &config::Upstream, config: &Config) -> WorkerOptions {
         session.connect_timeout = upstream.connect_timeout;
     }
     options.standing.query_timeout = upstream.query_timeout;
-    options.standing.batch_timeout = upstream.query_timeout;
+    options.standing.batch_timeout = options.standing.batch_timeout.max(upstream.query_timeout);
     options.roots.query_timeout = upstream.query_timeout;
     options.roots.lifetime = config.roots_lifetime;
     options.pool.large_max = upstream.nar_transfers_max;
@@ -223,7 +263,7 @@ fn said(upstream: &config::Upstream, config: &Config) -> String {
         Trust::Keys(keys) => format!("{keys:?}"),
     };
     format!(
-        "{:?} {} {trust} {:?} {:?} {:?} {} {:?} {} {:?}",
+        "{:?} {} {trust} {:?} {:?} {:?} {} {:?} {:?} {} {:?} {} {:?}",
         upstream.uri,
         upstream.name,
         upstream.ssh_key,
@@ -231,7 +271,10 @@ fn said(upstream: &config::Upstream, config: &Config) -> String {
         upstream.query_timeout,
         upstream.nar_transfers_max,
         config.daemon_socket,
+        config.local_store,
         config.store_dir,
         config.roots_lifetime,
+        binary_caches::said(upstream),
+        upstream.allowed_nar_hosts,
     )
 }

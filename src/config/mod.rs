@@ -41,6 +41,10 @@ pub struct Config {
     pub daemon_socket: PathBuf,
     /// The folder of this machine's build logs.
     pub log_dir: PathBuf,
+    /// Where this machine's Nix keeps its database.
+    pub nix_state_dir: PathBuf,
+    /// How this machine's own store is read.
+    pub local_store: LocalStore,
     /// Keys that sign each path, of different names; none only where files were not to be read, or
     /// the default key was not to be made.
     pub secret_keys: Vec<SecretKey>,
@@ -102,6 +106,16 @@ pub enum CompressionSetting {
     Zstd,
     /// One xz stream, made on the fly; slow.
     Xz,
+}
+
+/// How this machine's own store is read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LocalStore {
+    /// Its database and files in place; through its daemon where that cannot be.
+    #[default]
+    Auto,
+    /// Through its daemon.
+    Daemon,
 }
 
 /// How the log is written.
@@ -169,6 +183,8 @@ impl Config {
             upstreams: upstreams.list,
             daemon_socket: environment.daemon_socket.clone(),
             log_dir: environment.log_dir.clone(),
+            nix_state_dir: environment.nix_state_dir.clone(),
+            local_store: raw.local_store.map(|store| store.0).unwrap_or_default(),
             secret_keys: keys.files.iter().map(|file| file.key.clone()).collect(),
             secret_key_files: keys.files.into_iter().map(|file| file.path).collect(),
             generated_key: keys.generated,

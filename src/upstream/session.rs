@@ -89,6 +89,30 @@ impl Session {
         answers.map(|answer| answer.map_err(elsewhere)).collect()
     }
 
+    /// Asks many questions until `enough` says why they are given up; what came until then counts.
+    ///
+    /// `enough` is called with how many are answered whenever `tick` has passed.
+    pub async fn ask_many_until(
+        &self,
+        requests: Vec<Request>,
+        tick: Duration,
+        mut enough: impl FnMut(usize) -> Option<Error>,
+    ) -> Vec<Result<Reply, Error>> {
+        let mut many = self.connection.begin_many(requests);
+        let given_up = loop {
+            match timeout(tick, many.settled()).await {
+                Ok(()) => break None,
+                Err(_) => {
+                    if let Some(error) = enough(many.answered()) {
+                        break Some(error);
+                    }
+                }
+            }
+        };
+        let answers = many.finish(given_up).into_iter();
+        answers.map(|answer| answer.map_err(elsewhere)).collect()
+    }
+
     /// Opens a NAR, without a bound in time.
     pub async fn nar(&self, path: &StorePath, nar_size: u64) -> Result<Option<NarStream>, Error> {
         self.connection.nar(path, nar_size).await

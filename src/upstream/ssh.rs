@@ -145,6 +145,15 @@ impl Ssh {
         self.known_hosts.is_some()
     }
 
+    fn wire(&self, purpose: Purpose, remote: &[String]) -> Result<Wire, Error> {
+        let started = self.start(purpose, remote)?;
+        Ok(Wire {
+            reader: Box::new(started.stdout),
+            writer: Box::new(started.stdin),
+            guard: Guard::of_process(started.process),
+        })
+    }
+
     fn start(&self, purpose: Purpose, remote: &[String]) -> Result<ssh_process::Started, Error> {
         let arguments = self.arguments(purpose, remote);
         let target = self.target.host.clone();
@@ -176,12 +185,11 @@ impl Default for SshOptions {
 #[async_trait]
 impl Dial for Ssh {
     async fn dial(&self, purpose: Purpose) -> Result<Wire, Error> {
-        let started = self.start(purpose, &ssh_command::daemon(&self.target))?;
-        Ok(Wire {
-            reader: Box::new(started.stdout),
-            writer: Box::new(started.stdin),
-            guard: Guard::of_process(started.process),
-        })
+        self.wire(purpose, &ssh_command::daemon(&self.target))
+    }
+
+    async fn dial_nix_store(&self) -> Result<Wire, Error> {
+        self.wire(Purpose::Closures, &ssh_command::serve(&self.target))
     }
 
     /// Runs the words in the account's shell, with nothing on their input.
