@@ -396,23 +396,25 @@ fn trust_signatures_and_bytes() {
 }
 
 fn sign(builder: &Builder, file: &Path, path: &str) {
+    nix(
+        builder,
+        &["store", "sign", "--key-file", file.to_str().unwrap(), path],
+    );
+}
+
+/// Runs `nix` on the builder's own store.
+fn nix(builder: &Builder, arguments: &[&str]) {
     let name = |folder: &str| builder.path(folder).to_str().unwrap().to_owned();
-    let signed = Command::new("nix")
-        .args([
-            "--extra-experimental-features",
-            "nix-command",
-            "store",
-            "sign",
-            "--key-file",
-        ])
-        .args([file.to_str().unwrap(), path])
+    let ran = Command::new("nix")
+        .args(["--extra-experimental-features", "nix-command"])
+        .args(arguments)
         .env("NIX_STORE_DIR", name("store"))
         .env("NIX_STATE_DIR", name("state"))
         .env("NIX_LOG_DIR", name("log"))
         .env("NIX_CONF_DIR", name("conf"))
         .env("NIX_REMOTE", "local")
         .status();
-    assert!(signed.expect("nix is needed").success());
+    assert!(ran.expect("nix is needed").success());
 }
 
 #[test]
@@ -556,6 +558,91 @@ fn lines_that_an_older_nix_reads_otherwise_are_told() {
         &format!("failed   line: {path}:3:"),
         "Nix refuses the whole file for it",
     ]);
+}
+
+#[test]
+fn binary_caches_over_http_and_in_a_folder() {
+    let builder = Builder::new();
+    let (_, built) = builder.build("built", "words");
+    let daemon = builder.daemon();
+    let client = Client::new(&builder);
+    let port = free_port();
+    let text = format!(
+        "listen = \"127.0.0.1:{port}\"\nmachines = false\nlocal-daemon = false\nstore-dir = {:?}\n\
+         upstreams = [\"unix://{}\"]\n",
+        client.store_dir,
+        daemon.socket.display()
+    );
+    let config = client.write("server.toml", &text, 0o644);
+    let mut server = Command::new(env!("CARGO_BIN_EXE_muster"))
+        .args(["serve", "--config", config.to_str().unwrap()])
+        .env("STATE_DIRECTORY", client.path("state"))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    builder::wait_for("muster serve", || {
+        std::net::TcpStream::connect(("127.0.0.1", port)).is_ok()
+    });
+    let path = builder.store_dir.join(&built);
+    let public = SecretKey::parse(&key("client-1"))
+        .unwrap()
+        .public()
+        .to_string();
+    let public = public.replace('+', "%2B").replace('=', "%3D");
+    let flags = ["--json", "--only", "^(http|file)", "--path", &path];
+    let checked = |upstream: &str| {
+        let checked = client.check(&[upstream.to_owned()], "", &flags);
+        checked.json()["subjects"][0]["checks"].clone()
+    };
+    let found = checked(&format!(
+        "http://127.0.0.1:{port}?trusted-public-keys={public}"
+    ));
+    let nowhere = checked(&format!("http://127.0.0.1:{port}/nowhere"));
+    let strange = checked(&format!("http://127.0.0.1:{port}?trusted=false"));
+    let _ = server.kill();
+    let _ = server.wait();
+    for name in [
+        "name",
+        "TCP",
+        "cache info",
+        "store directory",
+        "trust",
+        "known path",
+        "fetch",
+        "clock",
+    ] {
+        expect(&found, name, "ok", "");
+    }
+    expect(&found, "cache info", "ok", "priority 30");
+    expect(&found, "signature", "ok", "signed by client-1");
+    expect(
+        &nowhere,
+        "cache info",
+        "failed",
+        "status 404 to /nix-cache-info",
+    );
+    expect(&nowhere, "fetch", "skipped", "");
+    expect(&strange, "trust", "failed", "trusted-public-keys");
+    expect(
+        &strange,
+        "signature",
+        "failed",
+        "no signature by a trusted key",
+    );
+
+    let gone = checked(&format!("http://127.0.0.1:{port}"));
+    expect(&gone, "TCP", "failed", "nothing listens there");
+    let found = checked("file:///no/such/cache");
+    expect(&found, "cache info", "failed", "nix copy --to file://");
+
+    let folder = client.path("cache");
+    let to = format!("file://{}", folder.display());
+    nix(&builder, &["copy", "--to", &to, &path]);
+    let found = checked(&format!("{to}?trusted=true"));
+    for name in ["store directory", "known path", "fetch", "signature"] {
+        expect(&found, name, "ok", "");
+    }
 }
 
 #[test]
