@@ -600,6 +600,7 @@ fn binary_caches_over_http_and_in_a_folder() {
     ));
     let nowhere = checked(&format!("http://127.0.0.1:{port}/nowhere"));
     let strange = checked(&format!("http://127.0.0.1:{port}?trusted=false"));
+    let not_secure = checked(&format!("https://127.0.0.1:{port}"));
     let _ = server.kill();
     let _ = server.wait();
     for name in [
@@ -623,6 +624,13 @@ fn binary_caches_over_http_and_in_a_folder() {
         "status 404 to /nix-cache-info",
     );
     expect(&nowhere, "fetch", "skipped", "");
+    expect(&not_secure, "TCP", "ok", "");
+    expect(
+        &not_secure,
+        "TLS",
+        "failed",
+        "its certificate must be signed by",
+    );
     expect(&strange, "trust", "failed", "trusted-public-keys");
     expect(
         &strange,
