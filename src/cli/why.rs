@@ -8,6 +8,7 @@ mod closure;
 mod target;
 mod upstreams;
 mod verdict;
+mod weather;
 
 use std::process::ExitCode;
 
