@@ -286,7 +286,8 @@ JSON:
   The form is stable: keys are added, never changed.
     ok, failed      whether nothing failed, and how many checks did
     subjects[]      name, kind (this side, machines file, upstream), and
-      checks[]      check (its name), outcome (ok, note, failed, skipped), seen, remedy, words (of ssh)
+      checks[]      check (its name), outcome (ok, note, failed, skipped), seen, remedy,
+                    words (all that ssh said)
 
 Exit status: 0 if nothing failed, 1 if anything did or the configuration cannot be used, 2 if the
 command line was wrong.";

@@ -44,25 +44,21 @@ pub struct Cli {
 
 /// The subcommands.
 #[derive(Subcommand, Debug)]
+#[expect(
+    missing_docs,
+    reason = "each is documented where its arguments are; words here would hide those from --help"
+)]
 pub enum Command {
-    /// Serve the stores of all builders as one substituter
     Serve(Box<serve::Args>),
     /// Make signing keys and show their public halves
     #[command(subcommand)]
     Key(key::Command),
-    /// Sign every path that stores already have
     SignAll(Box<sign_all::Args>),
-    /// Say what a configuration means, or what is wrong with it
     CheckConfig(check_config::Args),
-    /// Check whether everything is set up right, and say what to do where it is not
     Check(Box<check::Args>),
-    /// Show how a running muster and its upstreams are
     Status(status::Args),
-    /// Say who has a path, what would be served of it, and whether a client would take it
     Why(Box<why::Args>),
-    /// Write a completion script for a shell
     Completions(completions::Args),
-    /// Write the manual pages
     Man(man::Args),
 }
 
