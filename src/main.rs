@@ -15,6 +15,7 @@ fn main() -> ExitCode {
         Command::CheckConfig(args) => cli::check_config::run(&args),
         Command::Check(args) => cli::check::run(&args),
         Command::Status(args) => cli::status::run(&args),
+        Command::Why(args) => cli::why::run(&args),
         Command::Completions(args) => done(cli::completions::run(&args)),
         Command::Man(args) => done(cli::man::run(&args)),
     };

@@ -269,7 +269,7 @@ fn what_a_configuration_means_is_said() {
         "upstream     ssh-ng://b3:22  (named by the operator; trusted)\n",
         "upstream     ssh://d  (named by the operator; not trusted)\n",
         "warning      upstream ssh://d is not trusted",
-        "warning      upstream http://e (named by the operator) is left out: binary caches",
+        "upstream     http://e  (named by the operator; not trusted)\n",
         &format!("upstream     ssh-ng://nix@b1  ({machines}:1; trusted)\n"),
         "upstream     daemon  (this machine's own daemon; trusted)\n",
         "signs with   a key to be made at the first start",
@@ -282,7 +282,7 @@ fn what_a_configuration_means_is_said() {
     ] {
         assert!(ended.out.contains(words), "no {words:?} in\n{}", ended.out);
     }
-    assert_eq!(ended.out.matches("\nupstream ").count(), 5, "{}", ended.out);
+    assert_eq!(ended.out.matches("\nupstream ").count(), 6, "{}", ended.out);
     assert!(!place.path("state").exists(), "looking makes nothing");
 }
 

@@ -147,6 +147,32 @@ fn the_unit_of_a_client_logs_in_by_ssh_inside_its_sandbox_and_answers() {
     systemd.run("systemctl stop muster.service").ok();
     assert_eq!(systemd.property("muster.socket", "ActiveState"), "active");
     realise(&systemd, &later, &key);
+
+    // The same checks from within: its user, its credentials, its sandbox; and it goes on undisturbed.
+    let pid = systemd.property("muster.service", "MainPID");
+    let checked = systemd.run("/lab/bin/muster check --as-service --json --only ^ssh");
+    let found: Value = serde_json::from_str(&checked.out).unwrap_or_else(|_| panic!("{checked}"));
+    let subjects = found["subjects"].as_array().expect("a list");
+    assert_eq!(subjects.len(), 2, "{checked}");
+    for check in subjects
+        .iter()
+        .flat_map(|s| s["checks"].as_array().expect("a list"))
+    {
+        assert_eq!(check["outcome"], "ok", "{check}");
+    }
+    let key_check = systemd.run("/lab/bin/muster check --as-service --only 'signing key' -v");
+    assert!(
+        key_check.out.contains("/run/credentials/muster-check-"),
+        "{key_check}"
+    );
+    // Outside of it there are none of its credentials.
+    let outside = "/lab/bin/muster check --config /etc/muster/muster.toml --only 'signing key'";
+    let outside = systemd.run(outside);
+    assert_eq!(outside.rc, 1, "{outside}");
+    assert!(outside.out.contains("cannot read sign"), "{outside}");
+    assert_eq!(systemd.property("muster.service", "MainPID"), pid);
+    systemd.run("test -d /run/muster").ok();
+    realise(&systemd, &on_b1, &key);
 }
 
 #[test]

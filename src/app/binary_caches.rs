@@ -14,7 +14,7 @@ use crate::upstream::binary_cache::{BinaryCache, BinaryCacheOptions};
 use crate::upstream::cache_files::CacheFiles;
 use crate::upstream::cache_folder::CacheFolder;
 use crate::upstream::cache_http::CacheHttp;
-use crate::upstream::http_client::{Access, HttpClient, HttpOptions, tls};
+use crate::upstream::http_client::{Access, Got, HttpClient, HttpOptions, tls};
 use crate::upstream::http_credentials::Credentials;
 use crate::upstream::http_url::CacheUrl;
 
@@ -50,7 +50,35 @@ impl BinaryCaches {
         ))
     }
 
+    /// Asks a cache over HTTP for one file, as the server asks it for all; returns its body's options too.
+    ///
+    /// Dropped, the question is given up.
+    pub(super) async fn ask(
+        &self,
+        upstream: &config::Upstream,
+        file: &str,
+    ) -> anyhow::Result<(Got, HttpOptions)> {
+        let (client, options) = self.client(upstream, &upstream.uri.kind().to_string())?;
+        let file = client.cache().file(file)?;
+        Ok((client.ask(file).await?, options))
+    }
+
     fn over_http(&self, upstream: &config::Upstream, url: &str) -> anyhow::Result<CacheHttp> {
+        let (client, options) = self.client(upstream, url)?;
+        let decoder = self.decoder.clone();
+        Ok(CacheHttp::new(
+            client,
+            options,
+            decoder,
+            upstream.query_timeout,
+        ))
+    }
+
+    fn client(
+        &self,
+        upstream: &config::Upstream,
+        url: &str,
+    ) -> anyhow::Result<(HttpClient, HttpOptions)> {
         let cache = CacheUrl::parse(url)?;
         let access = Access {
             credentials: credentials(upstream, cache.host())?,
@@ -63,13 +91,7 @@ impl BinaryCaches {
             ..HttpOptions::default()
         };
         let client = HttpClient::new(cache, self.tls()?, access, options.clone());
-        let decoder = self.decoder.clone();
-        Ok(CacheHttp::new(
-            client,
-            options,
-            decoder,
-            upstream.query_timeout,
-        ))
+        Ok((client, options))
     }
 
     fn tls(&self) -> anyhow::Result<Arc<ClientConfig>> {

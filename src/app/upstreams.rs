@@ -18,6 +18,7 @@ use crate::substituter::member::Member;
 use crate::upstream::Upstream;
 use crate::upstream::build_log::BuildLogs;
 use crate::upstream::daemon::DaemonSocket;
+use crate::upstream::http_client::{Got, HttpOptions};
 use crate::upstream::local::database::Place;
 use crate::upstream::local::{LocalOptions, LocalUpstream};
 use crate::upstream::runtime_dir::RuntimeDir;
@@ -139,6 +140,17 @@ impl Starter {
             store_dir: config.store_dir.clone(),
         };
         run(setup, upstream, config)
+    }
+
+    /// Asks a binary cache over HTTP for one of its files, with its credentials and certificates.
+    ///
+    /// Dropped, the question is given up.
+    pub(crate) async fn ask_cache(
+        &self,
+        upstream: &config::Upstream,
+        file: &str,
+    ) -> anyhow::Result<(Got, HttpOptions)> {
+        self.binary_caches.ask(upstream, file).await
     }
 
     /// Returns the way to an upstream's daemon, and to its build logs.

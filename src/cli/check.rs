@@ -6,6 +6,7 @@ mod clock;
 mod finding;
 mod here;
 mod network;
+mod report;
 mod service;
 mod ssh;
 mod upstream;
@@ -14,12 +15,11 @@ use std::process::ExitCode;
 
 use futures_util::{StreamExt as _, stream};
 use regex_lite::Regex;
-use serde_json::{Value, json};
 
 use self::finding::{Finding, Outcome, Subject};
 use self::here::Keys;
+use self::report::{count, to_json, to_text};
 use super::http::Server;
-use super::page::{Page, Tone};
 use super::settings::Settings;
 use crate::app::upstreams::Starter;
 use crate::config::{self, Config, Look, Source};
@@ -219,119 +219,6 @@ fn machines(config: &Config) -> Option<Subject> {
     (!subject.findings.is_empty()).then_some(subject)
 }
 
-fn to_text(subjects: &[Subject], verbose: bool) -> String {
-    let mut page = Page::for_stdout();
-    for subject in subjects {
-        let failed = subject
-            .findings
-            .iter()
-            .any(|f| f.outcome == Outcome::Failed);
-        let outcome = if failed { Outcome::Failed } else { Outcome::Ok };
-        let head = format!("{}: {}", subject.name, outcome.word());
-        page.line(0, &head, outcome.tone());
-        if !verbose {
-            summary(&mut page, subject, Outcome::Ok);
-        }
-        for finding in &subject.findings {
-            let told = matches!(finding.outcome, Outcome::Failed | Outcome::Note);
-            if told || verbose {
-                detail(&mut page, finding, verbose);
-            }
-        }
-        if !verbose {
-            summary(&mut page, subject, Outcome::Skipped);
-        }
-        page.gap();
-    }
-    let all: usize = subjects.iter().map(|subject| subject.findings.len()).sum();
-    let (failed, skipped) = (
-        count(subjects, Outcome::Failed),
-        count(subjects, Outcome::Skipped),
-    );
-    let rest = match skipped {
-        0 => String::new(),
-        skipped => format!(", {skipped} could not be made"),
-    };
-    let (line, tone) = match failed {
-        0 => (format!("all well: {all} checks{rest}"), Tone::Good),
-        failed => (format!("{failed} of {all} checks failed{rest}"), Tone::Bad),
-    };
-    page.line(0, &line, tone);
-    page.into_text()
-}
-
-/// Names the checks of one outcome in one line.
-fn summary(page: &mut Page, subject: &Subject, outcome: Outcome) {
-    let with = subject.findings.iter().filter(|f| f.outcome == outcome);
-    let mut names: Vec<_> = with.map(|finding| finding.check).collect();
-    names.dedup();
-    if !names.is_empty() {
-        let line = format!("{:<8} {}", outcome.word(), names.join(", "));
-        page.item(2, REMEDY_INDENT, &line, outcome.tone());
-    }
-}
-
-fn detail(page: &mut Page, finding: &Finding, verbose: bool) {
-    let Finding {
-        check,
-        outcome,
-        seen,
-        ..
-    } = finding;
-    let line = format!("{:<8} {check}: {seen}", outcome.word());
-    page.item(2, REMEDY_INDENT, &line, outcome.tone());
-    if let Some(remedy) = &finding.remedy {
-        let line = format!("-> {remedy}");
-        page.item(REMEDY_INDENT, REMEDY_INDENT + 3, &line, Tone::Plain);
-    }
-    match &finding.words {
-        Some(words) if verbose => {
-            for line in words.lines() {
-                page.line(
-                    REMEDY_INDENT,
-                    &format!("| {}", line.trim_end()),
-                    Tone::Faint,
-                );
-            }
-        }
-        Some(_) if *outcome == Outcome::Failed => {
-            page.line(REMEDY_INDENT, "(all that ssh said: -v)", Tone::Faint);
-        }
-        _ => {}
-    }
-}
-
-fn to_json(subjects: &[Subject]) -> Value {
-    let finding = |finding: &Finding| {
-        json!({
-            "check": finding.check,
-            "outcome": finding.outcome.word(),
-            "seen": finding.seen,
-            "remedy": finding.remedy,
-            "words": finding.words,
-        })
-    };
-    let subject = |subject: &Subject| {
-        json!({
-            "name": subject.name,
-            "kind": subject.kind,
-            "checks": subject.findings.iter().map(finding).collect::<Value>(),
-        })
-    };
-    json!({
-        "ok": count(subjects, Outcome::Failed) == 0,
-        "failed": count(subjects, Outcome::Failed),
-        "subjects": subjects.iter().map(subject).collect::<Value>(),
-    })
-}
-
-fn count(subjects: &[Subject], outcome: Outcome) -> usize {
-    let findings = subjects.iter().flat_map(|subject| &subject.findings);
-    findings
-        .filter(|finding| finding.outcome == outcome)
-        .count()
-}
-
 /// Parts `what was seen (what to do)`, as errors of upstreams are written.
 fn split_remedy(text: &str) -> (String, Option<String>) {
     let whole = || (text.to_owned(), None);
@@ -360,7 +247,6 @@ fn split_remedy(text: &str) -> (String, Option<String>) {
 
 /// Logins at once: each upstream's own sshd sees one or two, this machine one process each.
 const AT_ONCE_MAX: usize = 16;
-const REMEDY_INDENT: usize = 11;
 
 const UPSTREAM_CHECKS: [&str; 15] = [
     "name",
@@ -400,7 +286,8 @@ JSON:
   The form is stable: keys are added, never changed.
     ok, failed      whether nothing failed, and how many checks did
     subjects[]      name, kind (this side, machines file, upstream), and
-      checks[]      check (its name), outcome (ok, note, failed, skipped), seen, remedy, words (of ssh)
+      checks[]      check (its name), outcome (ok, note, failed, skipped), seen, remedy,
+                    words (all that ssh said)
 
 Exit status: 0 if nothing failed, 1 if anything did or the configuration cannot be used, 2 if the
 command line was wrong.";

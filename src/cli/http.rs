@@ -1,10 +1,10 @@
-//! One question to an HTTP server: a running Muster, or a binary cache that is checked.
+//! One question to a running Muster, over TCP, TLS or a Unix socket.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::{anyhow, bail};
 use bytes::{Bytes, BytesMut};
 use http_body::Body as _;
 use hyper::body::Incoming;
@@ -15,6 +15,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::net::UnixStream;
 
 use crate::config::ListenAddress;
+use crate::upstream::http_client::tls;
 
 /// Where a server is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,8 +30,6 @@ pub(super) enum Server {
 #[derive(Debug)]
 pub(super) struct Answer {
     pub(super) status: u16,
-    /// Its clock, where it tells.
-    pub(super) date: Option<SystemTime>,
     pub(super) body: Bytes,
 }
 
@@ -83,9 +82,11 @@ impl Server {
     async fn ask(&self, target: &str) -> anyhow::Result<Answer> {
         let response = match self {
             Self::Url(url) => {
+                // As Nix has it; see `upstream::http_client`.
+                let file = std::env::var_os("NIX_SSL_CERT_FILE").filter(|file| !file.is_empty());
+                let tls = tls(file.as_deref().map(Path::new))?;
                 let https = HttpsConnectorBuilder::new()
-                    .with_native_roots()
-                    .context("cannot read this machine's certificates")?
+                    .with_tls_config((*tls).clone())
                     .https_or_http()
                     .enable_http1()
                     .build();
@@ -144,10 +145,8 @@ async fn read(response: Response<Incoming>) -> anyhow::Result<Answer> {
             bail!("it answers more than {BODY_BYTES_MAX} bytes");
         }
     }
-    let date = head.headers.get("date").and_then(|d| d.to_str().ok());
     Ok(Answer {
         status: head.status.as_u16(),
-        date: date.and_then(date_of),
         body: bytes.freeze(),
     })
 }
@@ -174,7 +173,7 @@ fn plain(error: hyper_util::client::legacy::Error) -> anyhow::Error {
 }
 
 /// Reads `Sun, 06 Nov 1994 08:49:37 GMT`, the one form that servers send (RFC 9110, 5.6.7).
-fn date_of(text: &str) -> Option<SystemTime> {
+pub(super) fn date_of(text: &str) -> Option<SystemTime> {
     let mut words = text.split([' ', ':']).skip(1);
     let number = |words: &mut dyn Iterator<Item = &str>| words.next()?.parse::<u64>().ok();
     let day = number(&mut words)?;

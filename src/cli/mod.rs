@@ -15,6 +15,7 @@ pub mod settings;
 pub mod sign_all;
 pub mod status;
 mod units;
+pub mod why;
 
 use std::io::{self, ErrorKind, IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
@@ -44,25 +45,22 @@ pub struct Cli {
 
 /// The subcommands.
 #[derive(Subcommand, Debug)]
+#[expect(
+    missing_docs,
+    reason = "each is documented where its arguments are; words here would hide those from --help"
+)]
 pub enum Command {
-    /// Serve the stores of all builders as one substituter
     Serve(Box<serve::Args>),
-    /// Sign every path that stores already have
     SignAll(Box<sign_all::Args>),
     /// Make signing keys and show their public halves
     #[command(subcommand)]
     Key(key::Command),
-    /// Look after the NARs that are kept on disk
     Cache(cache::Args),
-    /// Say what a configuration means, or what is wrong with it
     CheckConfig(check_config::Args),
-    /// Check whether everything is set up right, and say what to do where it is not
     Check(Box<check::Args>),
-    /// Show how a running muster and its upstreams are
     Status(status::Args),
-    /// Write a completion script for a shell
+    Why(Box<why::Args>),
     Completions(completions::Args),
-    /// Write the manual pages
     Man(man::Args),
 }
 

@@ -87,25 +87,12 @@ impl NixConf {
     }
 
     fn of_settings(settings: &BTreeMap<String, Vec<String>>, source: &str) -> Self {
-        let words = |names: [&str; 2], default: &str| {
-            let find = |prefix: &str| {
-                let mut given = names
-                    .iter()
-                    .map(|name| settings.get(&format!("{prefix}{name}")));
-                given.find_map(|words| words.cloned())
-            };
-            let mut words = find("").unwrap_or_else(|| vec![default.to_owned()]);
-            words.extend(find("extra-").unwrap_or_default());
-            words
-        };
+        let words = |name: &str| settings.get(name).cloned().unwrap_or_else(|| default(name));
         let one = |name: &str| settings.get(name)?.first().cloned();
         Self {
             source: source.to_owned(),
-            substituters: words(["substituters", "binary-caches"], PUBLIC_CACHE),
-            trusted_public_keys: words(
-                ["trusted-public-keys", "binary-cache-public-keys"],
-                PUBLIC_KEY,
-            ),
+            substituters: words("substituters"),
+            trusted_public_keys: words("trusted-public-keys"),
             negative_ttl: one("narinfo-cache-negative-ttl").map_or(Some(3600), |t| t.parse().ok()),
             require_sigs: one("require-sigs").is_none_or(|text| text != "false"),
         }
@@ -178,13 +165,38 @@ fn apply(
                 let folder = path.parent().unwrap_or(Path::new("/"));
                 read_into(&folder.join(file), name == "include", depth + 1, settings)?;
             }
-            (_, "=") => {
-                settings.insert(name, words.collect());
-            }
+            (_, "=") => match name.strip_prefix("extra-") {
+                Some(name) => {
+                    let name = today(name);
+                    let known = settings.entry(name.to_owned());
+                    known.or_insert_with(|| default(name)).extend(words);
+                }
+                None => {
+                    settings.insert(today(&name).to_owned(), words.collect());
+                }
+            },
             _ => {}
         }
     }
     Ok(())
+}
+
+/// Returns the name by which a setting is called today.
+fn today(name: &str) -> &str {
+    match name {
+        "binary-caches" => "substituters",
+        "binary-cache-public-keys" => "trusted-public-keys",
+        name => name,
+    }
+}
+
+/// What a list holds where nothing is set.
+fn default(name: &str) -> Vec<String> {
+    match name {
+        "substituters" => vec![PUBLIC_CACHE.to_owned()],
+        "trusted-public-keys" => vec![PUBLIC_KEY.to_owned()],
+        _ => Vec::new(),
+    }
 }
 
 const PUBLIC_CACHE: &str = "https://cache.nixos.org/";

@@ -215,7 +215,7 @@ fn figures(page: &mut Page, report: &Value) {
     let unsure = number(&narinfo["absent-without-full-knowledge"]);
     if unsure > 0 {
         let line = format!(
-            "           {unsure} times 404 without full knowledge: an upstream could not be asked"
+            "           {unsure} absent without full knowledge: an upstream could not be asked"
         );
         page.line(0, &line, Tone::Doubtful);
     }
@@ -236,6 +236,9 @@ fn figures(page: &mut Page, report: &Value) {
     let cache = &report["cache"];
     if cache.is_object() {
         page.line(0, &cache_line(cache), Tone::Plain);
+        if let Some(cause) = cache["degraded"].as_str() {
+            page.item(11, 11, &format!("cannot be used: {cause}"), Tone::Bad);
+        }
     }
 }
 
@@ -257,7 +260,7 @@ fn divergent(page: &mut Page, report: &Value) {
     if count == 0 {
         return;
     }
-    let words = format!("divergent  {count} paths have other bytes on another upstream:");
+    let words = format!("divergent  {count} with other bytes on another upstream:");
     page.line(0, &words, Tone::Doubtful);
     let shown = items(&report["divergent"]);
     for path in shown.iter().take(DIVERGENT_LINES_MAX) {
@@ -321,7 +324,23 @@ JSON:
                   absent-without-full-knowledge, divergent, in-memory
     nar           requests, bytes, absent, resumed, cut, corrupt
     divergent[]   path, served, upstream, nar-hash
-    cache         where NARs are kept on disk
+    cache         only where NARs are kept on disk: entries, bytes, bytes-max, hits, misses (NARs
+                  asked for), degraded (why it cannot be used, or null)
 
 Exit status: 0 if all is well, 1 if no muster answers, 2 if the command line was wrong, 3 if an
 upstream is sick.";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cache_is_shown_with_its_size_and_hit_rate() {
+        let cache =
+            json!({ "bytes": 3_u64 << 30, "bytes-max": 10_u64 << 30, "hits": 3, "misses": 1 });
+        let expected = "cache      3.0 GiB of 10 GiB, 75 % of 4 NARs from it";
+        assert_eq!(cache_line(&cache), expected);
+        let empty = json!({ "bytes": 0, "hits": 0, "misses": 0 });
+        assert_eq!(cache_line(&empty), "cache      0 B, - of 0 NARs from it");
+    }
+}

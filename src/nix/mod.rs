@@ -4,6 +4,7 @@ pub mod base32;
 pub mod build_trace;
 pub mod cache_info;
 pub mod content_address;
+pub mod derivation;
 pub mod fingerprint;
 pub mod hash;
 pub mod host_key;

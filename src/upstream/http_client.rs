@@ -225,6 +225,11 @@ impl HttpClient {
 }
 
 impl Got {
+    /// Returns the server's clock as it writes it, where it does.
+    pub fn date(&self) -> Option<&str> {
+        text_of(&self.headers, &hyper::header::DATE)
+    }
+
     /// Returns what answers, as far as it says.
     pub fn peer(&self) -> Peer {
         let server = text_of(&self.headers, &SERVER);

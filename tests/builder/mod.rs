@@ -131,9 +131,19 @@ impl Builder {
              builder = \"/bin/sh\"; args = [ \"-c\" \"echo {words}; echo {name} > $out\" ]; }}"
         );
         fs::write(&file, text).unwrap();
-        let file = file.to_str().unwrap();
-        let derivation = self.run("nix-instantiate", &[file]);
-        let derivation = derivation.trim();
+        let derivation = self.instantiate(file.to_str().unwrap());
+        let output = self.realise(&derivation);
+        let parse = |text: &str| self.store_dir.parse(text.trim()).unwrap();
+        (parse(&derivation), parse(&output))
+    }
+
+    /// Evaluates a file; returns the derivation's path.
+    pub fn instantiate(&self, file: &str) -> String {
+        self.run("nix-instantiate", &[file]).trim().to_owned()
+    }
+
+    /// Builds a derivation; returns its output's path.
+    pub fn realise(&self, derivation: &str) -> String {
         let hook = self.path("bin/hook");
         let mut arguments = vec!["--realise", derivation];
         // A Nix that runs by way of its loader cannot call itself as its build hook, and 2.26 takes
@@ -141,9 +151,7 @@ impl Builder {
         if std::env::var_os("MUSTER_TEST_NIX").is_some() {
             arguments.extend(["--option", "build-hook", hook.to_str().unwrap()]);
         }
-        let output = self.nix_store(&arguments);
-        let parse = |text: &str| self.store_dir.parse(text.trim()).unwrap();
-        (parse(derivation), parse(&output))
+        self.nix_store(&arguments)
     }
 
     /// Runs the garbage collector.
@@ -162,6 +170,32 @@ impl Builder {
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{program} {arguments:?}: {stderr}");
         String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Makes a second database for the same store directory, as of another machine, and starts its daemon.
+    ///
+    /// It knows these paths alone, by the NAR hash in hex and the size that are given; their files are the
+    /// first one's.
+    pub fn second_daemon(&self, name: &str, paths: &[(&StorePath, &str, u64)]) -> Daemon {
+        let state = self.path(&format!("{name}-state"));
+        let mut lines = String::new();
+        for (path, hash, size) in paths {
+            let path = self.store_dir.join(path);
+            lines.push_str(&format!("{path}\n{hash}\n{size}\n\n0\n"));
+        }
+        let mut environment = self.environment();
+        environment.insert("NIX_STATE_DIR", state.to_str().unwrap().to_owned());
+        let mut register = Command::new(self.path("bin/nix-store"))
+            .args(["--register-validity", "--hash-given"])
+            .envs(&environment)
+            .stdin(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut stdin = register.stdin.take().unwrap();
+        std::io::Write::write_all(&mut stdin, lines.as_bytes()).unwrap();
+        drop(stdin);
+        assert!(register.wait().unwrap().success());
+        self.daemon_with(self.path(&format!("{name}-socket")), &environment)
     }
 
     pub fn environment(&self) -> BTreeMap<&'static str, String> {
@@ -246,10 +280,13 @@ impl Builder {
 
     /// Starts a nix-daemon on a socket of its own.
     pub fn daemon(&self) -> Daemon {
-        let socket = self.path("socket");
+        self.daemon_with(self.path("socket"), &self.environment())
+    }
+
+    fn daemon_with(&self, socket: PathBuf, environment: &BTreeMap<&str, String>) -> Daemon {
         let mut command = Command::new(self.path("bin").join("nix-daemon"));
         command
-            .envs(self.environment())
+            .envs(environment)
             .env("NIX_DAEMON_SOCKET_PATH", &socket);
         let child = command
             .stdin(Stdio::null())

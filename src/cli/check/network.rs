@@ -4,15 +4,18 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
+use futures_util::StreamExt as _;
+use hyper::StatusCode;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::clock::Difference;
 use super::finding::{Finding, Subject};
 use super::upstream::{self, CANDIDATES_MAX, Context};
-use crate::cli::http::Server;
+use crate::cli::http;
 use crate::nix::cache_info::CacheInfo;
 use crate::nix::store_path::StorePath;
+use crate::nix::store_uri::StoreKind;
 use crate::nix::store_uri::authority::Authority;
 
 /// A host and a port.
@@ -96,12 +99,11 @@ pub(super) async fn cache(
         );
         return None;
     }
-    let url = context.upstream.uri.kind().to_string();
-    let secure = url.starts_with("https:");
+    let secure = matches!(context.upstream.uri.kind(), StoreKind::Https(..));
     let before = SystemTime::now();
-    let asked = Server::Url(url)
-        .get("/nix-cache-info", within + context.upstream.query_timeout)
-        .await;
+    let bound = within + context.upstream.query_timeout;
+    let asked = timeout(bound, ask(context)).await;
+    let asked = asked.unwrap_or_else(|_| Err(anyhow::anyhow!("no answer within {bound:?}")));
     let answer = match asked {
         Ok(answer) => answer,
         Err(error) => {
@@ -120,15 +122,19 @@ pub(super) async fn cache(
     if secure {
         subject.add(Finding::ok("TLS", "its certificate is good"));
     }
-    let text = String::from_utf8_lossy(&answer.body).into_owned();
-    if answer.status != OK {
-        let seen = format!("status {} to /nix-cache-info", answer.status);
-        let remedy = "check the URL: a binary cache has a nix-cache-info at its root";
+    if answer.status != StatusCode::OK {
+        let seen = format!("status {} to /nix-cache-info", answer.status.as_u16());
+        let remedy = match answer.status {
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
+                "it wants to know who asks: name a credentials-file or netrc-file"
+            }
+            _ => "check the URL: a binary cache has a nix-cache-info at its root",
+        };
         subject.add(Finding::failed("cache info", seen).remedy(remedy));
         subject.skip(&["store directory", "trust"], "it is no binary cache");
         return None;
     }
-    let usable = cache_info(context, &text, subject);
+    let usable = cache_info(context, &answer.text, subject);
     subject.add(match answer.date {
         Some(theirs) => {
             let difference = Difference::of(theirs, before, SystemTime::now());
@@ -156,6 +162,32 @@ pub(super) fn folder(
             None
         }
     }
+}
+
+/// What a cache answers.
+struct Answer {
+    status: StatusCode,
+    date: Option<SystemTime>,
+    text: String,
+}
+
+/// Asks for `nix-cache-info` as the server does.
+async fn ask(context: &Context<'_>) -> anyhow::Result<Answer> {
+    let asked = context
+        .starter
+        .ask_cache(context.upstream, "nix-cache-info");
+    let (got, options) = asked.await?;
+    let (status, date) = (got.status, got.date().and_then(http::date_of));
+    let mut body = got.body(&options);
+    let mut bytes = Vec::new();
+    while let Some(chunk) = body.next().await {
+        bytes.extend_from_slice(&chunk?);
+        if bytes.len() > INFO_BYTES_MAX {
+            break;
+        }
+    }
+    let text = String::from_utf8_lossy(&bytes).into_owned();
+    Ok(Answer { status, date, text })
 }
 
 fn cache_info(context: &Context<'_>, text: &str, subject: &mut Subject) -> bool {
@@ -207,4 +239,5 @@ fn candidates(context: &Context<'_>) -> Vec<StorePath> {
         .collect()
 }
 
-const OK: u16 = 200;
+/// A cache's own words have some hundred bytes; an error page may have more.
+const INFO_BYTES_MAX: usize = 64 << 10;

@@ -22,11 +22,20 @@ struct Unit {
     start: Vec<String>,
 }
 
+/// The names of the unit and of the one that checks in its stead, without `.service`.
+struct Names {
+    unit: String,
+    check: String,
+}
+
 /// Runs the check again as the service; its output and exit status are this one's.
 pub(super) fn run(unit: &str, more: &[String]) -> anyhow::Result<ExitCode> {
     let text = text(unit)?;
-    let name = unit.strip_suffix(".service").unwrap_or(unit);
-    let read = Unit::read(&text, name);
+    let names = Names {
+        unit: unit.strip_suffix(".service").unwrap_or(unit).to_owned(),
+        check: format!("muster-check-{}", std::process::id()),
+    };
+    let read = Unit::read(&text, &names);
     let settings = read.settings().with_context(|| {
         format!("{unit} does not start `muster serve`; name the right unit: --as-service=UNIT")
     })?;
@@ -38,6 +47,7 @@ pub(super) fn run(unit: &str, more: &[String]) -> anyhow::Result<ExitCode> {
         "--collect",
         "--quiet",
         "--service-type=exec",
+        &format!("--unit={}", names.check),
     ]);
     for property in &read.properties {
         command.arg(format!("--property={property}"));
@@ -73,7 +83,7 @@ fn text(unit: &str) -> anyhow::Result<String> {
 }
 
 impl Unit {
-    fn read(text: &str, name: &str) -> Self {
+    fn read(text: &str, names: &Names) -> Self {
         let mut unit = Self::default();
         let mut in_service = false;
         let mut dynamic = false;
@@ -90,21 +100,22 @@ impl Unit {
             match key {
                 "ExecStart" if value.is_empty() => unit.start.clear(),
                 "ExecStart" => unit.start = shlex::split(value).unwrap_or_default(),
-                "RuntimeDirectory" => unit.properties.push(format!(
-                    "RuntimeDirectory={name}-check-{}",
-                    std::process::id()
-                )),
+                "RuntimeDirectory" => {
+                    let property = format!("RuntimeDirectory={}", names.check);
+                    unit.properties.push(property);
+                }
                 _ if !is_of_the_process(key) => {}
                 _ => {
                     dynamic |= key == "DynamicUser" && is_yes(value);
                     user |= key == "User" && !value.is_empty();
+                    let value = names.expand(value);
                     unit.properties.push(format!("{key}={value}"));
                 }
             }
         }
         if dynamic && !user {
             // A dynamic user is named after its unit: the state directory must stay its own.
-            unit.properties.push(format!("User={name}"));
+            unit.properties.push(format!("User={}", names.unit));
         }
         unit
     }
@@ -120,6 +131,34 @@ impl Unit {
             Subcommand::Serve(args) => Ok(Settings::of_serve(&args)),
             _ => bail!("it starts another command"),
         }
+    }
+}
+
+impl Names {
+    /// Puts values in the place of specifiers, which `systemd-run` does not.
+    fn expand(&self, value: &str) -> String {
+        let mut expanded = String::new();
+        let mut chars = value.chars();
+        while let Some(c) = chars.next() {
+            if c != '%' {
+                expanded.push(c);
+                continue;
+            }
+            match chars.next() {
+                Some('d') => expanded.push_str(&format!("/run/credentials/{}.service", self.check)),
+                Some('n') => expanded.push_str(&format!("{}.service", self.unit)),
+                Some('N' | 'p') => expanded.push_str(&self.unit),
+                Some('t') => expanded.push_str("/run"),
+                Some('S') => expanded.push_str("/var/lib"),
+                Some('C') => expanded.push_str("/var/cache"),
+                Some('L') => expanded.push_str("/var/log"),
+                Some('T') => expanded.push_str("/tmp"),
+                Some('V') => expanded.push_str("/var/tmp"),
+                Some('%') => expanded.push('%'),
+                other => expanded.extend(std::iter::once('%').chain(other)),
+            }
+        }
+        expanded
     }
 }
 
@@ -190,15 +229,22 @@ fn is_yes(value: &str) -> bool {
 mod tests {
     use super::*;
 
+    fn names() -> Names {
+        Names {
+            unit: "muster".to_owned(),
+            check: "c".to_owned(),
+        }
+    }
+
     #[test]
     fn a_unit_gives_its_surroundings_and_its_flags() {
         let text = "# /etc/systemd/system/muster.service\n[Unit]\nDescription=x\n[Service]\nType=notify\n\
                     ExecStart=/usr/bin/muster serve --config /etc/m.json \\\n  --no-machines --priority 20\n\
                     DynamicUser=yes\nLoadCredential=key:/root/key\nSystemCallFilter=@system-service\n\
                     SystemCallFilter=~@privileged\nRuntimeDirectory=muster\nRestart=on-failure\n\
-                    # /etc/systemd/system/muster.service.d/more.conf\n[Service]\nEnvironment=\"A=b c\"\n\
+                    # /etc/systemd/system/muster.service.d/more.conf\n[Service]\nEnvironment=\"A=%d/b c%%\"\n\
                     [Install]\nAlias=y\n";
-        let unit = Unit::read(text, "muster");
+        let unit = Unit::read(text, &names());
         assert_eq!(
             unit.properties,
             [
@@ -206,8 +252,8 @@ mod tests {
                 "LoadCredential=key:/root/key",
                 "SystemCallFilter=@system-service",
                 "SystemCallFilter=~@privileged",
-                &format!("RuntimeDirectory=muster-check-{}", std::process::id()),
-                "Environment=\"A=b c\"",
+                "RuntimeDirectory=c",
+                "Environment=\"A=/run/credentials/c.service/b c%\"",
                 "User=muster",
             ]
         );
@@ -222,7 +268,7 @@ mod tests {
             "ExecStart=/bin/sleep 1",
             "ExecStart=/usr/bin/muster key public",
         ] {
-            let unit = Unit::read(&format!("[Service]\n{start}\n"), "x");
+            let unit = Unit::read(&format!("[Service]\n{start}\n"), &names());
             assert!(unit.settings().is_err(), "{start}");
         }
     }
