@@ -260,14 +260,13 @@ async fn daemon_over_ssh() {
 }
 
 /// A cache that real Nix wrote; it goes with its folder.
-fn written(compression: &str) -> (Builder, Content, tempfile::TempDir) {
-    let (builder, content) = real();
+fn written(builder: &Builder, content: &Content, compression: &str) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     // nginx's worker runs as another user.
     let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
     std::fs::set_permissions(folder.path(), open).unwrap();
     builder.write_cache(folder.path(), compression, &[&content.built.0]);
-    (builder, content, folder)
+    folder
 }
 
 fn over_http(builder: &Builder, url: &str, roots: Option<std::path::PathBuf>) -> BinaryCache {
@@ -279,8 +278,9 @@ fn over_http(builder: &Builder, url: &str, roots: Option<std::path::PathBuf>) ->
 
 #[tokio::test]
 async fn binary_cache_in_a_folder() {
+    let (builder, content) = real();
     for compression in ["xz", "zstd", "bzip2", "gzip", "br", "none"] {
-        let (builder, content, folder) = written(compression);
+        let folder = written(&builder, &content, compression);
         let files = CacheFolder::new(folder.path(), Duration::from_secs(10));
         let cache = BinaryCache::start(
             "file".to_owned(),
@@ -295,8 +295,9 @@ async fn binary_cache_in_a_folder() {
 
 #[tokio::test]
 async fn binary_cache_over_http() {
+    let (builder, content) = real();
     for compression in ["xz", "zstd", "bzip2", "gzip", "br", "none"] {
-        let (builder, content, folder) = written(compression);
+        let folder = written(&builder, &content, compression);
         let nginx = Nginx::new(folder.path());
         let url = format!("http://127.0.0.1:{}", nginx.port);
         conforms(&over_http(&builder, &url, None), &content).await;
@@ -305,7 +306,8 @@ async fn binary_cache_over_http() {
 
 #[tokio::test]
 async fn binary_cache_over_https() {
-    let (builder, content, folder) = written("zstd");
+    let (builder, content) = real();
+    let folder = written(&builder, &content, "zstd");
     let authority = Authority::new();
     let (certificate, key) = authority.certify("localhost", 2100);
     let file = |name: &str, text: String| {

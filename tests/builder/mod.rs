@@ -156,7 +156,7 @@ impl Builder {
         let to = format!("file://{}?compression={compression}", folder.display());
         let nix = |arguments: &[&str]| {
             let mut command = Command::new("/usr/bin/nix");
-            command.args(["--extra-experimental-features", "nix-command"]);
+            command.args(["--offline", "--extra-experimental-features", "nix-command"]);
             let output = command.args(arguments).envs(self.environment()).output();
             let output = output.expect("nix is needed");
             let stderr = String::from_utf8_lossy(&output.stderr);
