@@ -12,6 +12,7 @@ pub mod cache_http;
 mod cache_link;
 pub mod connection;
 pub mod daemon;
+pub mod dialect;
 mod generations;
 pub mod http_client;
 pub mod http_credentials;
