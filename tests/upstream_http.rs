@@ -466,6 +466,28 @@ async fn no_cache_is_down_with_a_reason() {
     up(&cache).await;
 }
 
+/// What was connected before a sleep is dead after it, and silent for minutes.
+#[tokio::test]
+async fn a_wake_up_connects_anew() {
+    let server = CacheServer::new();
+    let cache = Asking::at(&server.url()).start();
+    let (info, _) = server.add("path", &nar_of(b"x"), Compression::None);
+    for _ in 0..3 {
+        assert!(cache.path_info(info.path.hash()).await.unwrap().is_some());
+    }
+    assert_eq!(server.connections(), 1);
+    let mut link = cache.link();
+    link.mark_unchanged();
+    cache.reconnect();
+    tokio::time::timeout(Duration::from_secs(5), link.changed())
+        .await
+        .unwrap()
+        .unwrap();
+    up(&cache).await;
+    assert!(cache.path_info(info.path.hash()).await.unwrap().is_some());
+    assert_eq!(server.connections(), 2);
+}
+
 #[tokio::test]
 async fn what_answers_is_said() {
     let server = CacheServer::new();

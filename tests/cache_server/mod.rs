@@ -274,7 +274,9 @@ fn break_it(out: &mut impl Write, fault: &Fault, file: Vec<u8>, head: &str) -> i
     let forever = Duration::from_secs(3600);
     match fault {
         Fault::Status(status, header) => {
-            let text = format!("HTTP/1.1 {status} X\r\n{header}\r\nContent-Length: 0\r\n\r\n");
+            let text = format!(
+                "HTTP/1.1 {status} X\r\n{header}\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+            );
             out.write_all(text.as_bytes())?;
         }
         Fault::Cut(bytes) => {
