@@ -73,6 +73,17 @@ fn to_text(path: Option<&Path>, config: &Config) -> String {
             "upstream",
             format_args!("{name}  ({source}; {})", trust(upstream)),
         );
+        if let Some(file) = &upstream.credentials_file {
+            line(
+                &mut text,
+                "",
+                format_args!("credentials of {}", file.display()),
+            );
+        }
+        if !upstream.allowed_nar_hosts.is_empty() {
+            let hosts = upstream.allowed_nar_hosts.join(", ");
+            line(&mut text, "", format_args!("may send us to {hosts}"));
+        }
     }
     if config.upstreams.is_empty() {
         line(&mut text, "upstream", "none");
@@ -147,6 +158,9 @@ fn to_json(path: Option<&Path>, config: &Config) -> Value {
             "trusted": matches!(upstream.trust, Trust::Operator),
             "trusted-public-keys": keys,
             "systems": upstream.systems,
+            "credentials-file": upstream.credentials_file,
+            "netrc-file": upstream.netrc_file,
+            "allowed-nar-hosts": upstream.allowed_nar_hosts,
         })
     };
     let keys = config.secret_keys.iter().zip(&config.secret_key_files);

@@ -18,6 +18,7 @@ use tokio::time::timeout;
 use super::cache_files::{CacheFiles, FileStream, whole};
 use super::cache_http::decode_error;
 use super::cache_link::CacheLink;
+use super::dialect::read_narinfo;
 use super::{Error, Link, NarStream, Upstream};
 use crate::codec::decompress::Decoder;
 use crate::nix::build_trace::{BuildTraceEntry, BuildTraceKey};
@@ -285,16 +286,6 @@ impl Upstream for BinaryCache {
         let entry = entry.transpose();
         entry.map_err(|error| Error::Remote(format!("{file}: {error}").into()))
     }
-}
-
-/// Reads what a cache says of a path; some proxies and editors leave carriage returns.
-fn read_narinfo(text: &[u8], store_dir: &StoreDir) -> Result<NarInfo, String> {
-    let text = str::from_utf8(text).map_err(|_| "it is no text".to_owned())?;
-    let narinfo = match text.contains('\r') {
-        true => NarInfo::parse(&text.replace("\r\n", "\n"), store_dir),
-        false => NarInfo::parse(text, store_dir),
-    };
-    narinfo.map_err(|error| error.to_string())
 }
 
 /// Tells how a build log was packed by its first bytes, which no text has.

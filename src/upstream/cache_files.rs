@@ -36,6 +36,9 @@ pub trait CacheFiles: Send + Sync + 'static {
     /// Opens a large file at its first byte; `None`: it is not there.
     async fn open(&self, place: &str) -> Result<Option<FileStream>, Error>;
 
+    /// Forgets what may have gone bad while nobody looked, such as idle connections.
+    fn renew(&self) {}
+
     /// Returns how many questions are sensibly asked at once.
     fn questions_max(&self) -> usize;
 }

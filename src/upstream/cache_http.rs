@@ -74,11 +74,7 @@ impl CacheHttp {
         let uri = uri.map_err(|e| Error::Unsupported(e.to_string().into()))?;
         let answer = async {
             let _permit = self.questions.acquire().await;
-            let got = match self.client.ask(uri.clone()).await {
-                // A server closes idle connections, at times just when one is used.
-                Err(Error::Lost(_)) => self.client.ask(uri).await?,
-                got => got?,
-            };
+            let got = self.client.ask(uri).await?;
             if !self.is_there(&got)? {
                 return Ok(None);
             }
@@ -199,14 +195,15 @@ impl CacheFiles for CacheHttp {
         self.check_rest()?;
         let malformed = |_| Error::Unsupported("the address of a NAR cannot be sent".into());
         let uri: Uri = place.parse().map_err(malformed)?;
-        let got = match self.client.transfer(uri.clone(), 0).await {
-            Err(Error::Lost(_)) => self.client.transfer(uri, 0).await?,
-            got => got?,
-        };
+        let got = self.client.transfer(uri, 0).await?;
         match self.is_there(&got)? {
             true => self.body(got).map(Some),
             false => Ok(None),
         }
+    }
+
+    fn renew(&self) {
+        self.client.renew();
     }
 
     fn questions_max(&self) -> usize {

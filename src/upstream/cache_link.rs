@@ -110,6 +110,8 @@ async fn keep(shared: Arc<Shared>) {
     let mut told: Option<Arc<str>> = None;
     let mut known: Option<Arc<str>> = None;
     loop {
+        // The first time there is nothing to forget, and afterwards there is a reason each time.
+        shared.files.renew();
         let pause = match shared.greet().await {
             Ok(peer) => {
                 if known.as_ref() != Some(&peer) {

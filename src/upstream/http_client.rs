@@ -8,7 +8,7 @@
 use std::convert::Infallible;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -38,8 +38,9 @@ use super::http_url::CacheUrl;
 
 /// A client of one cache; its connections are closed when it is dropped.
 pub struct HttpClient {
-    questions: Client<Connector, NoBody>,
-    nars: Client<Connector, NoBody>,
+    // Never held over an await.
+    clients: Mutex<Clients>,
+    tls: Arc<ClientConfig>,
     cache: CacheUrl,
     access: Access,
     options: HttpOptions,
@@ -100,36 +101,10 @@ impl HttpClient {
         access: Access,
         options: HttpOptions,
     ) -> Self {
-        let client = || {
-            let mut tcp = HttpConnector::new();
-            tcp.enforce_http(false);
-            tcp.set_nodelay(true);
-            tcp.set_keepalive(Some(KEEPALIVE));
-            let https = HttpsConnectorBuilder::new()
-                .with_tls_config((*tls).clone())
-                .https_or_http()
-                .enable_http1()
-                .enable_http2()
-                .wrap_connector(tcp);
-            Client::builder(TokioExecutor::new())
-                .timer(TokioTimer::new())
-                .pool_timer(TokioTimer::new())
-                .pool_idle_timeout(options.idle_timeout)
-                .pool_max_idle_per_host(options.idle_max)
-                .http1_max_headers(HEADERS_MAX)
-                .http1_max_buf_size(BUFFER_BYTES)
-                .http2_initial_stream_window_size(STREAM_WINDOW_BYTES)
-                .http2_initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-                .http2_keep_alive_interval(H2_PING)
-                .http2_keep_alive_timeout(options.connect_timeout)
-                .build(Connector {
-                    https,
-                    timeout: options.connect_timeout,
-                })
-        };
+        let clients = Clients::new(&tls, &options);
         Self {
-            questions: client(),
-            nars: client(),
+            clients: Mutex::new(clients),
+            tls,
             cache,
             access,
             options,
@@ -148,14 +123,29 @@ impl HttpClient {
 
     /// Asks for a small file. Dropping the future gives the question up.
     pub async fn ask(&self, uri: Uri) -> Result<Got, Error> {
-        self.get(&self.questions, uri, None).await
+        self.get(&self.clients().questions, uri, None).await
     }
 
     /// Asks for a NAR, from this byte on. Dropping the future or the body ends the transfer.
     pub async fn transfer(&self, uri: Uri, offset: u64) -> Result<Got, Error> {
         let range = (offset > 0).then(|| format!("bytes={offset}-"));
         let range = range.and_then(|range| HeaderValue::try_from(range).ok());
-        self.get(&self.nars, uri, range).await
+        self.get(&self.clients().nars, uri, range).await
+    }
+
+    /// Lets go of all connections: those of before a sleep are dead, and would be asked one after the other.
+    ///
+    /// What is under way goes on.
+    pub fn renew(&self) {
+        *self.lock() = Clients::new(&self.tls, &self.options);
+    }
+
+    fn clients(&self) -> Clients {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Clients> {
+        self.clients.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn get(
@@ -200,12 +190,24 @@ impl HttpClient {
         Err(Error::Remote(cause.into()))
     }
 
+    /// Asks at one address; once more where the connection went, as a server closes idle ones just when one is used.
     async fn once(
         &self,
         client: &Client<Connector, NoBody>,
         uri: &Uri,
         range: Option<HeaderValue>,
     ) -> Result<Response<Incoming>, Error> {
+        let lost = |error| Error::Lost(chain(&error).into());
+        match client.request(self.request(uri, range.clone())).await {
+            Err(error) if !error.is_connect() => {
+                let again = client.request(self.request(uri, range)).await;
+                again.map_err(lost)
+            }
+            answer => answer.map_err(lost),
+        }
+    }
+
+    fn request(&self, uri: &Uri, range: Option<HeaderValue>) -> Request<NoBody> {
         let mut request = Request::new(NoBody);
         *request.uri_mut() = uri.clone();
         let headers = request.headers_mut();
@@ -219,8 +221,7 @@ impl HttpClient {
         {
             headers.insert(AUTHORIZATION, credentials.header());
         }
-        let answer = client.request(request).await;
-        answer.map_err(|error| Error::Lost(chain(&error).into()))
+        request
     }
 }
 
@@ -382,6 +383,49 @@ pub enum TlsError {
     },
 }
 
+/// The pools of connections; clones share them.
+#[derive(Clone)]
+struct Clients {
+    questions: Client<Connector, NoBody>,
+    nars: Client<Connector, NoBody>,
+}
+
+impl Clients {
+    fn new(tls: &ClientConfig, options: &HttpOptions) -> Self {
+        let client = || {
+            let mut tcp = HttpConnector::new();
+            tcp.enforce_http(false);
+            tcp.set_nodelay(true);
+            tcp.set_keepalive(Some(KEEPALIVE));
+            let https = HttpsConnectorBuilder::new()
+                .with_tls_config(tls.clone())
+                .https_or_http()
+                .enable_http1()
+                .enable_http2()
+                .wrap_connector(tcp);
+            Client::builder(TokioExecutor::new())
+                .timer(TokioTimer::new())
+                .pool_timer(TokioTimer::new())
+                .pool_idle_timeout(options.idle_timeout)
+                .pool_max_idle_per_host(options.idle_max)
+                .http1_max_headers(HEADERS_MAX)
+                .http1_max_buf_size(BUFFER_BYTES)
+                .http2_initial_stream_window_size(STREAM_WINDOW_BYTES)
+                .http2_initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+                .http2_keep_alive_interval(H2_PING)
+                .http2_keep_alive_timeout(options.connect_timeout)
+                .build(Connector {
+                    https,
+                    timeout: options.connect_timeout,
+                })
+        };
+        Self {
+            questions: client(),
+            nars: client(),
+        }
+    }
+}
+
 /// TCP and TLS with one bound over both.
 #[derive(Clone)]
 struct Connector {
@@ -482,8 +526,9 @@ const BUFFER_BYTES: usize = 256 << 10;
 /// What one stream may send ahead of its reader: 40 ms at 400 Mbit/s.
 const STREAM_WINDOW_BYTES: u32 = 2 << 20;
 
-/// The same for all streams of a connection, so that a few slow readers do not hold the others up.
-const CONNECTION_WINDOW_BYTES: u32 = 32 << 20;
+/// The same for all streams of a connection: more than all transfers together, so that slow readers do not hold
+/// the others up. The streams' own windows bound the memory.
+const CONNECTION_WINDOW_BYTES: u32 = 128 << 20;
 
 /// A dead peer is noticed within this and `connect_timeout`, though streams wait on it.
 const H2_PING: Duration = Duration::from_secs(20);

@@ -13,6 +13,7 @@ mod cache_link;
 pub mod closures;
 pub mod connection;
 pub mod daemon;
+pub mod dialect;
 mod generations;
 pub mod http_client;
 pub mod http_credentials;
