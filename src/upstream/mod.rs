@@ -5,6 +5,7 @@
 
 mod backoff;
 pub mod build_log;
+pub mod catalog_feed;
 pub mod connection;
 pub mod daemon;
 mod generations;
@@ -94,6 +95,13 @@ pub trait Upstream: Send + Sync + 'static {
     /// Opens the NAR of a path as [`nar`](Upstream::nar) does, and tells whether it is to be hashed.
     async fn open_nar(&self, info: &PathInfo) -> Result<Option<OpenedNar>, Error> {
         Ok(self.nar(info).await?.map(OpenedNar::Unchecked))
+    }
+
+    /// Begins a feed of what the store has, as `codec::catalog::wire` writes it.
+    ///
+    /// `None`: this store does not know it. Whoever drops the feed ends it.
+    fn catalog(&self) -> Option<BoxStream<'static, Bytes>> {
+        None
     }
 
     /// Keeps a path from that store's garbage collection for a while; `false`: it is gone.
