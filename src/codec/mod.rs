@@ -3,5 +3,7 @@
 pub mod catalog;
 pub mod compression;
 pub mod compressor;
+pub mod decompress;
+pub mod decompressor;
 pub mod digest;
 pub mod slice;

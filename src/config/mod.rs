@@ -135,6 +135,8 @@ pub enum Look {
     ToServe,
     /// Everything, and nothing is made.
     ToCheck,
+    /// Everything but keys: they are looked at apart, or cannot be read by this user.
+    NotAtKeys,
     /// Neither keys nor machines: they may be on another machine.
     NotAtFiles,
 }
@@ -230,7 +232,7 @@ impl Keys {
         let if_none = match look {
             Look::ToServe => DefaultKey::Make,
             Look::ToCheck => DefaultKey::LookOnly,
-            Look::NotAtFiles => return Ok(keys),
+            Look::NotAtKeys | Look::NotAtFiles => return Ok(keys),
         };
         for path in raw.secret_key_files.iter().flat_map(|list| &list.0) {
             let at = || At(file.and_then(|file| file.locate(&path.0.to_string_lossy())));

@@ -4,11 +4,20 @@
 //! decides nothing about trust, choice or retries over several stores: that is the substituter's.
 
 mod backoff;
+pub mod binary_cache;
 pub mod build_log;
+pub mod cache_files;
+pub mod cache_folder;
+pub mod cache_http;
+mod cache_link;
 pub mod catalog_feed;
+pub mod closures;
 pub mod connection;
 pub mod daemon;
 mod generations;
+pub mod http_client;
+pub mod http_credentials;
+pub mod http_url;
 mod leased;
 pub mod local;
 pub mod memory;
@@ -17,7 +26,10 @@ mod pool_choice;
 mod realisations;
 pub mod roots;
 pub mod runtime_dir;
+pub mod serve_session;
+pub mod served;
 pub mod session;
+pub mod signing;
 mod slots;
 pub mod ssh;
 pub mod ssh_command;
@@ -34,6 +46,8 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::stream::BoxStream;
 use tokio::sync::watch;
+
+use closures::Closures;
 
 use crate::nix::build_trace::{BuildTraceEntry, BuildTraceKey};
 use crate::nix::path_info::PathInfo;
@@ -88,6 +102,13 @@ pub trait Upstream: Send + Sync + 'static {
     ///
     /// An error of one question fails it alone; when the connection breaks, the rest fails too.
     async fn path_infos(&self, paths: &[StorePath]) -> Vec<Result<Option<PathInfo>, Error>>;
+
+    /// Returns who tells whole closures at once, where that is possible just now and worth it.
+    ///
+    /// `None`: they are fetched level by level, by [`path_infos`](Upstream::path_infos).
+    fn closures(&self) -> Option<Arc<dyn Closures>> {
+        None
+    }
 
     /// Opens the NAR of a path; `Ok(None)` when the path is gone.
     async fn nar(&self, info: &PathInfo) -> Result<Option<NarStream>, Error>;
