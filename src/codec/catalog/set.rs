@@ -14,10 +14,10 @@ pub struct HashSet {
 }
 
 impl HashSet {
-    /// Makes an empty set; it takes 100 KB.
+    /// Makes an empty set; with the first member it takes 100 KB.
     pub fn new() -> Self {
         Self {
-            buckets: vec![Vec::new(); BUCKETS],
+            buckets: Vec::new(),
             len: 0,
             checksum: 0,
         }
@@ -41,7 +41,7 @@ impl HashSet {
     /// Returns the bytes that the members take, slack included.
     pub fn size_bytes(&self) -> usize {
         let slots: usize = self.buckets.iter().map(Vec::capacity).sum();
-        slots * size_of::<StorePathHash>() + BUCKETS * size_of::<Vec<StorePathHash>>()
+        slots * size_of::<StorePathHash>() + self.buckets.len() * size_of::<Vec<StorePathHash>>()
     }
 
     /// Tells whether a hash part is in the set.
@@ -52,6 +52,9 @@ impl HashSet {
 
     /// Adds a hash part; `false`: it was there.
     pub fn insert(&mut self, hash: StorePathHash) -> bool {
+        if self.buckets.is_empty() {
+            self.buckets.resize_with(BUCKETS, Vec::new);
+        }
         let Some(bucket) = self.buckets.get_mut(place(&hash)) else {
             return false;
         };

@@ -2,8 +2,9 @@
 //!
 //! Four times a second SQLite is asked whether anybody has written, which takes some microseconds. Where
 //! somebody has, new rows have higher numbers than all before them, and a row count tells whether some
-//! are gone; then the whole is looked at again. Counting and looking are rationed by what they cost, so
-//! that a collection of garbage that takes an hour does not keep a processor busy.
+//! are gone; then the whole is looked at again. Both have a ration of processor time: paths that go now
+//! and then are noticed at once, and a collection of garbage that takes an hour does not keep a processor
+//! busy. What is gone and still fed costs a question; what is new is never held up.
 //!
 //! A thread of its own does this with a connection of its own: look-ups do not wait for it.
 
@@ -44,9 +45,7 @@ struct Reading {
     rows: i64,
     /// Whether rows may have gone since they were counted.
     uncounted: bool,
-    /// When counting, and looking at the whole, may be done again.
-    count_at: Instant,
-    look_at: Instant,
+    ration: Ration,
 }
 
 impl Catalog {
@@ -124,7 +123,6 @@ fn run(catalog: &Weak<Catalog>, place: &Place) {
 impl Reading {
     fn open(place: &Place) -> Result<Self, DatabaseError> {
         let identity = database::identity(place);
-        let now = Instant::now();
         Ok(Self {
             connection: database::open(place)?,
             identity,
@@ -132,8 +130,7 @@ impl Reading {
             last_id: 0,
             rows: 0,
             uncounted: false,
-            count_at: now,
-            look_at: now,
+            ration: Ration::full(Instant::now()),
         })
     }
 
@@ -171,18 +168,17 @@ impl Reading {
         }
         self.uncounted = true;
         let now = Instant::now();
-        if now < self.count_at {
+        if !self.ration.allows(now) {
             return Ok(());
         }
         let count: i64 =
             self.connection
                 .query_row("select count(*) from ValidPaths", (), |row| row.get(0))?;
-        self.count_at = Instant::now() + now.elapsed() * COUNT_RATION;
-        if count == self.rows {
-            self.uncounted = false;
-        } else if now >= self.look_at {
-            self.whole(place, catalog)?;
+        match count == self.rows {
+            true => self.uncounted = false,
+            false => self.whole(place, catalog)?,
         }
+        self.ration.spend(now.elapsed());
         Ok(())
     }
 
@@ -195,7 +191,6 @@ impl Reading {
         debug!(paths = found.len(), after = ?now.elapsed(), "looked at the whole store");
         catalog.source().replace(found);
         self.uncounted = false;
-        self.look_at = Instant::now() + now.elapsed() * LOOK_RATION;
         Ok(())
     }
 
@@ -211,22 +206,71 @@ impl Reading {
             0 => all.to_owned(),
             _ => format!("{all} where id > {id}"),
         };
+        let folder = format!("{}/", place.store_dir);
         let mut statement = self.connection.prepare(&text)?;
         let mut rows = statement.query(())?;
         let (mut last, mut found) = (id, Vec::new());
         while let Some(row) = rows.next()? {
             last = last.max(row.get(0)?);
             let path = row.get_ref(1)?.as_str().ok();
-            let path = path.and_then(|path| place.store_dir.parse(path).ok());
-            found.push(path.map(|path| path.hash()));
+            let name = path.and_then(|path| path.strip_prefix(&*folder));
+            let digits = name.and_then(|name| name.split_once('-'));
+            found.push(digits.and_then(|(digits, _)| StorePathHash::parse(digits)));
         }
         Ok((last, found))
+    }
+}
+
+/// Time that may be spent on finding what is gone: a tenth of all, saved up to a bound.
+struct Ration {
+    /// Seconds; below zero after something dear.
+    saved: f64,
+    since: Instant,
+}
+
+impl Ration {
+    fn full(now: Instant) -> Self {
+        Self {
+            saved: SAVED_MAX,
+            since: now,
+        }
+    }
+
+    fn allows(&mut self, now: Instant) -> bool {
+        let earned = now.saturating_duration_since(self.since).as_secs_f64() / 10.0;
+        self.saved = (self.saved + earned).min(SAVED_MAX);
+        self.since = now;
+        self.saved > 0.0
+    }
+
+    fn spend(&mut self, time: Duration) {
+        self.saved -= time.as_secs_f64();
     }
 }
 
 /// Between two looks, and so between two heartbeats.
 const HEARTBEAT: Duration = Duration::from_millis(250);
 
-/// Counting takes at most a twentieth of the time, looking at the whole a tenth.
-const COUNT_RATION: u32 = 20;
-const LOOK_RATION: u32 = 10;
+/// Seconds: of a million paths the whole can be looked at five times running.
+const SAVED_MAX: f64 = 2.0;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tenth_of_the_time_and_no_more() {
+        let mut now = Instant::now();
+        let mut ration = Ration::full(now);
+        let mut looks = 0;
+        for _ in 0..4000 {
+            now += HEARTBEAT;
+            if ration.allows(now) {
+                ration.spend(Duration::from_millis(400));
+                looks += 1;
+            }
+        }
+        // 1000 s give 100, and 2 were saved.
+        assert!((250..=257).contains(&looks), "{looks}");
+    }
+}
