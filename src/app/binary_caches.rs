@@ -14,6 +14,7 @@ use crate::upstream::binary_cache::{BinaryCache, BinaryCacheOptions};
 use crate::upstream::cache_files::CacheFiles;
 use crate::upstream::cache_folder::CacheFolder;
 use crate::upstream::cache_http::CacheHttp;
+use crate::upstream::catalog_feed::FeedOptions;
 use crate::upstream::http_client::{Access, Got, HttpClient, HttpOptions, tls};
 use crate::upstream::http_credentials::Credentials;
 use crate::upstream::http_url::CacheUrl;
@@ -39,6 +40,7 @@ impl BinaryCaches {
         };
         let options = BinaryCacheOptions {
             large_max: upstream.nar_transfers_max,
+            catalog: config.catalog.then(FeedOptions::default),
             ..BinaryCacheOptions::default()
         };
         Ok(BinaryCache::start(

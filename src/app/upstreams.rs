@@ -275,7 +275,7 @@ fn said(upstream: &config::Upstream, config: &Config) -> String {
         Trust::Keys(keys) => format!("{keys:?}"),
     };
     format!(
-        "{:?} {} {trust} {:?} {:?} {:?} {} {:?} {:?} {} {:?} {} {:?}",
+        "{:?} {} {trust} {:?} {:?} {:?} {} {:?} {:?} {} {} {:?} {} {:?}",
         upstream.uri,
         upstream.name,
         upstream.ssh_key,
@@ -284,6 +284,7 @@ fn said(upstream: &config::Upstream, config: &Config) -> String {
         upstream.nar_transfers_max,
         config.daemon_socket,
         config.local_store,
+        config.catalog,
         config.store_dir,
         config.roots_lifetime,
         binary_caches::said(upstream),

@@ -82,6 +82,8 @@ pub struct Config {
     pub roots_lifetime: Duration,
     /// Whether a path's closure is asked for before the client does.
     pub prefetch: bool,
+    /// Whether musters are asked for their catalog.
+    pub catalog: bool,
     /// Clients' connections at the same time.
     pub max_connections: usize,
     /// How long running transfers have to end after SIGTERM.
@@ -209,6 +211,7 @@ impl Config {
             cache_bytes,
             roots_lifetime: raw.roots_lifetime.map_or(ROOTS_LIFETIME, |s| s.0),
             prefetch: raw.prefetch.unwrap_or(true),
+            catalog: raw.catalog.unwrap_or(true),
             max_connections: raw
                 .max_connections
                 .map_or(MAX_CONNECTIONS, |n| n.0 as usize),

@@ -60,6 +60,8 @@ pub struct RawConfig {
     pub roots_lifetime: Option<PositiveSeconds>,
     /// Whether a path's closure is asked for before the client does.
     pub prefetch: Option<bool>,
+    /// Whether musters are asked for their catalog.
+    pub catalog: Option<bool>,
     /// How long connecting to an upstream may take.
     pub connect_timeout: Option<PositiveSeconds>,
     /// How long an upstream that is alive may take to answer.

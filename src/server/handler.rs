@@ -13,6 +13,7 @@ use crate::substituter::nar_url::NarUrl;
 use crate::substituter::transfer::{Extent, NarBody};
 
 use super::Info;
+use super::catalog::Feeds;
 use super::error::Error;
 use super::range;
 use super::response::{self, Body};
@@ -24,11 +25,16 @@ use super::splice::{FileBody, FileQueue};
 pub(super) struct Handler {
     substituter: Substituter,
     info: watch::Receiver<Info>,
+    feeds: Feeds,
 }
 
 impl Handler {
-    pub(super) fn new(substituter: Substituter, info: watch::Receiver<Info>) -> Self {
-        Self { substituter, info }
+    pub(super) fn new(substituter: Substituter, info: watch::Receiver<Info>, feeds: Feeds) -> Self {
+        Self {
+            substituter,
+            info,
+            feeds,
+        }
     }
 
     /// Answers one request. Dropped when the client leaves; what it asked for is given up, unless
@@ -50,7 +56,10 @@ impl Handler {
             Route::Nar(url) => self.nar(&url, &request, files).await,
             Route::CacheInfo => {
                 let text = self.info.borrow().cache_info.clone();
-                Ok(response::whole("text/x-nix-cache-info", text))
+                Ok(response::named(response::whole(
+                    "text/x-nix-cache-info",
+                    text,
+                )))
             }
             Route::Log(derivation) => {
                 let log = self.substituter.build_log(&derivation).await;
@@ -69,6 +78,7 @@ impl Handler {
                     .map(|e| response::whole("application/json", Bytes::from(e.render())))
                     .ok_or(Error::NotFound)
             }
+            Route::Catalog => self.feeds.open(&self.substituter).ok_or(Error::NotFound),
             Route::PublicKey => {
                 let keys = self.info.borrow().public_keys.clone();
                 Ok(response::whole(response::TEXT, keys))

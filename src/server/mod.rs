@@ -7,6 +7,7 @@
 //! Nothing here decides what is served; that is the substituter's. Overload holds connections
 //! back: it is never answered with 429 or 503, on which real clients give up.
 
+mod catalog;
 pub mod error;
 mod handler;
 pub mod listener;
@@ -30,6 +31,7 @@ use tracing::{debug, warn};
 
 use crate::substituter::Substituter;
 
+use catalog::Feeds;
 use handler::Handler;
 use listener::{Listener, StallGuard, Stream};
 use splice::{FileQueue, Splice};
@@ -67,7 +69,8 @@ pub async fn serve(
     options: Options,
     stop: watch::Receiver<bool>,
 ) {
-    let handler = Handler::new(substituter, info);
+    let feeds = Feeds::new(stop.clone());
+    let handler = Handler::new(substituter, info, feeds);
     let places = Places {
         free: Arc::new(Semaphore::new(options.connections_max)),
         wanted: Arc::new(Notify::new()),

@@ -111,6 +111,13 @@ pub fn with_range(
     response
 }
 
+/// Says what answers, once per cache: other musters look for it.
+pub fn named(mut response: Response<Body>) -> Response<Body> {
+    let name = HeaderValue::from_static(concat!("muster/", env!("CARGO_PKG_VERSION")));
+    response.headers_mut().insert(header::SERVER, name);
+    response
+}
+
 fn with_type(mut response: Response<Body>, content_type: &'static str) -> Response<Body> {
     let value = HeaderValue::from_static(content_type);
     response.headers_mut().insert(header::CONTENT_TYPE, value);

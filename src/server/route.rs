@@ -22,6 +22,8 @@ pub enum Route {
     Realisation(DrvOutput),
     /// `/build-trace-v2/<drv>/<output>.doi`, Nix 2.35 and later
     BuildTrace(BuildTraceKey),
+    /// `/muster/catalog`
+    Catalog,
     /// `/healthz`
     Health,
     /// `/public-key`
@@ -51,6 +53,7 @@ impl Route {
         Some(match path {
             "" => Self::Root,
             "nix-cache-info" => Self::CacheInfo,
+            "muster/catalog" => Self::Catalog,
             "healthz" => Self::Health,
             "public-key" => Self::PublicKey,
             path => {

@@ -33,7 +33,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::StreamExt as _;
-use futures_util::stream::FuturesUnordered;
+use futures_util::future::ready;
+use futures_util::stream::{BoxStream, FuturesUnordered};
 use tracing::warn;
 
 use crate::cache::backend::Backend;
@@ -169,6 +170,23 @@ impl Substituter {
     /// Returns who is asked and who signs.
     pub fn setup(&self) -> Arc<Setup> {
         self.shared.setup()
+    }
+
+    /// Begins a feed of what there is, where that is one store that knows it; see `codec::catalog`.
+    ///
+    /// Of several stores nobody knows it. The feed ends when the upstreams change.
+    pub fn catalog(&self) -> Option<BoxStream<'static, Bytes>> {
+        let setup = self.shared.setup();
+        let [only] = setup.members.as_slice() else {
+            return None;
+        };
+        let (only, shared) = (Arc::clone(only), Arc::clone(&self.shared));
+        let feed = only.upstream.catalog()?;
+        let is_only = move || {
+            let setup = shared.setup();
+            matches!(setup.members.as_slice(), [one] if Arc::ptr_eq(one, &only))
+        };
+        Some(feed.take_while(move |_| ready(is_only())).boxed())
     }
 
     /// Returns the figures since start.

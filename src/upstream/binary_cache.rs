@@ -18,8 +18,10 @@ use tokio::time::timeout;
 use super::cache_files::{CacheFiles, FileStream, whole};
 use super::cache_http::decode_error;
 use super::cache_link::CacheLink;
+use super::catalog_feed::{FedCatalog, FeedOptions, FeedSource, FeedStream};
 use super::dialect::read_narinfo;
 use super::{Error, Link, NarStream, Upstream};
+use crate::codec::catalog::view::Says;
 use crate::codec::decompress::Decoder;
 use crate::nix::build_trace::{BuildTraceEntry, BuildTraceKey};
 use crate::nix::hash::{Hash, NarHash};
@@ -39,6 +41,8 @@ pub struct BinaryCache {
     large: Arc<Semaphore>,
     small: Arc<Semaphore>,
     options: BinaryCacheOptions,
+    /// What a muster says of itself without being asked.
+    catalog: Option<FedCatalog>,
 }
 
 /// The bounds of a binary cache.
@@ -54,6 +58,8 @@ pub struct BinaryCacheOptions {
     pub places_max: u64,
     /// Bytes of a decoded build log; it is held in memory whole.
     pub log_bytes_max: usize,
+    /// Of the catalog that a muster feeds; `None`: it is asked for none.
+    pub catalog: Option<FeedOptions>,
 }
 
 /// Where the NAR of a path is.
@@ -81,7 +87,15 @@ impl BinaryCache {
         options: BinaryCacheOptions,
     ) -> Self {
         let link = CacheLink::start(name.clone(), store_dir.clone(), Arc::clone(&files));
+        let catalog = options.catalog.map(|options| {
+            let source = MusterFeed {
+                files: Arc::clone(&files),
+                link: link.watch(),
+            };
+            FedCatalog::start(name.clone(), Arc::new(source), store_dir.clone(), options)
+        });
         Self {
+            catalog,
             name,
             store_dir,
             files,
@@ -167,6 +181,24 @@ impl BinaryCache {
     }
 }
 
+/// The catalog of a cache that is a muster; others are not asked for one.
+struct MusterFeed {
+    files: Arc<dyn CacheFiles>,
+    link: watch::Receiver<Link>,
+}
+
+#[async_trait]
+impl FeedSource for MusterFeed {
+    async fn open(&self) -> Result<Option<FeedStream>, Error> {
+        let mut link = self.link.clone();
+        let up = link.wait_for(|link| matches!(link, Link::Up { .. })).await;
+        if !up.is_ok_and(|link| matches!(&*link, Link::Up { peer } if peer.contains(MUSTER))) {
+            return Ok(None);
+        }
+        self.files.open(&self.files.locate(CATALOG)?).await
+    }
+}
+
 /// Whether what is remembered of a path's place counts.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Memory {
@@ -188,7 +220,13 @@ impl Upstream for BinaryCache {
         self.link.reconnect();
     }
 
+    /// A "no" of a fresh catalog needs no question.
     async fn path_info(&self, hash: StorePathHash) -> Result<Option<PathInfo>, Error> {
+        let says = self.catalog.as_ref().map(|catalog| catalog.says(&hash));
+        if says == Some(Says::No) {
+            self.places.invalidate(&hash);
+            return Ok(None);
+        }
         Ok(self.narinfo(hash).await?.map(|narinfo| narinfo.info))
     }
 
@@ -355,9 +393,14 @@ impl Default for BinaryCacheOptions {
             turn_timeout: Duration::from_secs(60),
             places_max: 50_000,
             log_bytes_max: 64 << 20,
+            catalog: Some(FeedOptions::default()),
         }
     }
 }
+
+/// What a muster calls itself in the header `Server`, and where its catalog is.
+const MUSTER: &str = "muster/";
+const CATALOG: &str = "muster/catalog";
 
 const NARINFO_BYTES_MAX: usize = 1 << 20;
 const SMALL_BYTES_MAX: u64 = 4 << 20;

@@ -10,6 +10,7 @@ pub mod cache_files;
 pub mod cache_folder;
 pub mod cache_http;
 mod cache_link;
+pub mod catalog_feed;
 pub mod closures;
 pub mod connection;
 pub mod daemon;
@@ -116,6 +117,13 @@ pub trait Upstream: Send + Sync + 'static {
     /// Opens the NAR of a path as [`nar`](Upstream::nar) does, and tells whether it is to be hashed.
     async fn open_nar(&self, info: &PathInfo) -> Result<Option<OpenedNar>, Error> {
         Ok(self.nar(info).await?.map(OpenedNar::Unchecked))
+    }
+
+    /// Begins a feed of what the store has, as `codec::catalog::wire` writes it.
+    ///
+    /// `None`: this store does not know it. Whoever drops the feed ends it.
+    fn catalog(&self) -> Option<BoxStream<'static, Bytes>> {
+        None
     }
 
     /// Keeps a path from that store's garbage collection for a while; `false`: it is gone.

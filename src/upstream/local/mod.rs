@@ -14,24 +14,27 @@
 //! Without a daemon nothing that is served can be kept from the garbage collector.
 
 mod buffers;
+mod catalog;
 pub mod database;
 mod nar;
 mod pack;
 mod proofs;
 mod reader;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::StreamExt as _;
+use futures_util::stream::BoxStream;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use self::buffers::Buffers;
+use self::catalog::Catalog;
 use self::database::{Place, Registered};
 use self::nar::{Check, NoNar, Order, PackedNar};
 use self::proofs::{Claim, Proofs};
@@ -56,6 +59,8 @@ pub struct LocalUpstream {
     room: Arc<Semaphore>,
     buffers: Buffers,
     proofs: Proofs,
+    /// Made when somebody wants to be fed. Never held over an await.
+    catalog: Mutex<Weak<Catalog>>,
     // Tells the state; aborted when the upstream is dropped.
     follower: JoinHandle<()>,
 }
@@ -103,6 +108,7 @@ impl LocalUpstream {
             room: Arc::new(Semaphore::new(options.nars_max.max(1))),
             buffers: Buffers::default(),
             proofs: Proofs::new(options.proofs_max),
+            catalog: Mutex::default(),
             options,
         })
     }
@@ -232,6 +238,26 @@ impl Upstream for LocalUpstream {
     /// Hashes a path's files the first time, and relies later on their being unchanged.
     async fn open_nar(&self, info: &PathInfo) -> Result<Option<OpenedNar>, Error> {
         self.packed_or_sent(info, true).await
+    }
+
+    fn catalog(&self) -> Option<BoxStream<'static, Bytes>> {
+        if *self.reader.state().borrow() != State::Open {
+            return None;
+        }
+        let mut catalog = self.catalog.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(running) = catalog.upgrade() {
+            return Some(running.feed());
+        }
+        match Catalog::start(self.place.clone()) {
+            Ok(started) => {
+                *catalog = Arc::downgrade(&started);
+                Some(started.feed())
+            }
+            Err(error) => {
+                warn!(upstream = self.name(), %error, "the catalog cannot be fed");
+                None
+            }
+        }
     }
 
     async fn keep(&self, path: &StorePath) -> Result<bool, Error> {

@@ -1,0 +1,372 @@
+//! The live catalog: from a store that a real Nix changes, over HTTP, to who asks that store.
+
+mod builder;
+#[path = "support/mod.rs"]
+mod support;
+
+use std::fs;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use builder::{Builder, up};
+use bytes::Bytes;
+use futures_util::StreamExt as _;
+use muster::cache::memory::UpstreamId;
+use muster::codec::catalog::view::Says;
+use muster::codec::compression::Encoding;
+use muster::codec::decompress::Decoder;
+use muster::nix::path_info::Trust;
+use muster::nix::store_path::{StoreDir, StorePath, StorePathHash};
+use muster::server::listener::Listener;
+use muster::server::{self, Info};
+use muster::substituter::Substituter;
+use muster::substituter::health;
+use muster::substituter::member::Member;
+use muster::substituter::publish::Publisher;
+use muster::upstream::binary_cache::{BinaryCache, BinaryCacheOptions};
+use muster::upstream::cache_http::CacheHttp;
+use muster::upstream::catalog_feed::{FedCatalog, FeedOptions, FeedSource, FeedStream};
+use muster::upstream::http_client::{Access, HttpClient, HttpOptions, tls};
+use muster::upstream::http_url::CacheUrl;
+use muster::upstream::local::{LocalOptions, LocalUpstream};
+use muster::upstream::{Error, Upstream};
+use rusqlite::Connection;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+
+const NOWHERE: &str = "/nowhere/socket";
+
+/// A muster on a builder: its own store alone, served on a free port.
+struct Muster {
+    address: SocketAddr,
+    substituter: Substituter,
+    stop: watch::Sender<bool>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+async fn muster(builder: &Builder, copies: u16) -> Muster {
+    let mut members = vec![];
+    for number in 0..copies {
+        let local = builder.in_place(Path::new(NOWHERE), LocalOptions::default());
+        up(&local).await;
+        members.push(Arc::new(Member::new(
+            UpstreamId(number),
+            Arc::new(local),
+            Trust::Operator,
+            health::Options::default(),
+            Instant::now(),
+        )));
+    }
+    let setup = muster::substituter::Setup {
+        members,
+        publisher: Publisher {
+            keys: vec![support::key()],
+            store_dir: builder.store_dir.clone(),
+            encoding: Encoding::None,
+        },
+    };
+    let substituter = Substituter::new(support::options(), setup);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (stop, stopped) = watch::channel(false);
+    let text = format!("StoreDir: {}\nWantMassQuery: 1\n", builder.store_dir);
+    let (_, info) = watch::channel(Info {
+        cache_info: text.into(),
+        public_keys: Bytes::new(),
+    });
+    let listeners = vec![Listener::Tcp(listener)];
+    let options = support::server_options();
+    let serve = server::serve(listeners, substituter.clone(), info, options, stopped);
+    Muster {
+        address,
+        substituter,
+        stop,
+        task: tokio::spawn(serve),
+    }
+}
+
+/// That muster as an upstream of another.
+fn asking(address: SocketAddr, store_dir: &StoreDir, catalog: Option<FeedOptions>) -> BinaryCache {
+    let url = CacheUrl::parse(&format!("http://{address}")).unwrap();
+    let options = HttpOptions::default();
+    let access = Access {
+        credentials: None,
+        hosts: vec![],
+    };
+    let client = HttpClient::new(url, tls(None).unwrap(), access, options.clone());
+    let files = CacheHttp::new(client, options, Decoder::default(), Duration::from_secs(5));
+    let options = BinaryCacheOptions {
+        catalog,
+        ..BinaryCacheOptions::default()
+    };
+    let name = format!("http://{address}");
+    BinaryCache::start(
+        name,
+        store_dir.clone(),
+        Arc::new(files),
+        Decoder::default(),
+        options,
+    )
+}
+
+/// A feed without a network between, which can be made to stall.
+struct Direct {
+    local: LocalUpstream,
+    flows: watch::Sender<bool>,
+}
+
+#[async_trait]
+impl FeedSource for Direct {
+    async fn open(&self) -> Result<Option<FeedStream>, Error> {
+        let flows = self.flows.subscribe();
+        let feed = self.local.catalog().expect("the database is open");
+        let feed = feed.then(move |piece| {
+            let mut flows = flows.clone();
+            async move {
+                let _ = flows.wait_for(|flows| *flows).await;
+                Ok(piece)
+            }
+        });
+        Ok(Some(feed.boxed()))
+    }
+}
+
+async fn direct(builder: &Builder, options: FeedOptions) -> (FedCatalog, Arc<Direct>) {
+    let local = builder.in_place(Path::new(NOWHERE), LocalOptions::default());
+    up(&local).await;
+    let source = Arc::new(Direct {
+        local,
+        flows: watch::Sender::new(true),
+    });
+    let name = "direct".to_owned();
+    let fed = FedCatalog::start(name, source.clone(), builder.store_dir.clone(), options);
+    until(|| fed.state().1).await;
+    (fed, source)
+}
+
+/// Waits at most 10 s, and returns how long it took.
+async fn until(mut ready: impl FnMut() -> bool) -> Duration {
+    let begun = Instant::now();
+    while !ready() {
+        assert!(begun.elapsed() < Duration::from_secs(10), "it never comes");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    begun.elapsed()
+}
+
+fn absent() -> StorePathHash {
+    StorePathHash([7; 20])
+}
+
+#[tokio::test]
+async fn additions_and_deletions_are_known_within_a_second() {
+    let builder = Builder::new();
+    let first = builder.add("first", b"first");
+    let (fed, _source) = direct(&builder, FeedOptions::default()).await;
+    assert_eq!(fed.says(&first.hash()), Says::Yes);
+    assert_eq!(fed.says(&absent()), Says::No);
+    for round in 0..3 {
+        let name = format!("file-{round}");
+        let path = builder.add(&name, name.as_bytes());
+        let took = until(|| fed.says(&path.hash()) == Says::Yes).await;
+        assert!(took < Duration::from_secs(1), "added: {took:?}");
+        builder.nix_store(&["--delete", &builder.store_dir.join(&path)]);
+        let took = until(|| fed.says(&path.hash()) == Says::No).await;
+        assert!(took < Duration::from_secs(1), "deleted: {took:?}");
+    }
+    let paths: Vec<_> = (0..20).map(|n| format!("many-{n}")).collect();
+    let paths: Vec<_> = paths.iter().map(|n| (n.as_str(), n.as_bytes())).collect();
+    let paths = builder.add_all(&paths);
+    until(|| paths.iter().all(|p| fed.says(&p.hash()) == Says::Yes)).await;
+    builder.collect_garbage();
+    let took = until(|| paths.iter().all(|p| fed.says(&p.hash()) == Says::No)).await;
+    assert!(took < Duration::from_secs(1), "collected: {took:?}");
+    assert_eq!(fed.says(&first.hash()), Says::No);
+}
+
+/// A feed that stalls without closing says nothing after a second, and is begun anew.
+#[tokio::test]
+async fn a_stalled_feed_says_nothing() {
+    let builder = Builder::new();
+    let path = builder.add("file", b"file");
+    let options = FeedOptions {
+        silence_max: Duration::from_secs(2),
+        ..FeedOptions::default()
+    };
+    let (fed, source) = direct(&builder, options).await;
+    assert_eq!(fed.says(&absent()), Says::No);
+    source.flows.send_replace(false);
+    let stalled = Instant::now();
+    until(|| fed.says(&absent()) == Says::Nothing).await;
+    let after = stalled.elapsed();
+    assert!(after <= Duration::from_millis(1100), "{after:?}");
+    assert_eq!(fed.says(&path.hash()), Says::Nothing);
+    let added = builder.add("added", b"added");
+    source.flows.send_replace(true);
+    until(|| fed.says(&added.hash()) == Says::Yes).await;
+    assert_eq!(fed.says(&absent()), Says::No);
+}
+
+/// Nobody knows what is in a database that cannot be read.
+#[tokio::test]
+async fn a_store_in_doubt_says_nothing() {
+    let builder = Builder::new();
+    builder.add("file", b"file");
+    let (fed, _source) = direct(&builder, FeedOptions::default()).await;
+    let database = builder.path("state/db/db.sqlite");
+    let aside = builder.path("state/db/aside");
+    fs::rename(&database, &aside).unwrap();
+    let took = until(|| fed.says(&absent()) == Says::Nothing).await;
+    assert!(took < Duration::from_millis(1600), "{took:?}");
+    fs::rename(&aside, &database).unwrap();
+    until(|| fed.says(&absent()) == Says::No).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_muster_does_not_have_is_known_without_a_question() {
+    let builder = Builder::new();
+    let path = builder.add("file", b"file");
+    let serving = muster(&builder, 1).await;
+    let asked = || serving.substituter.counters().narinfo_requests.value();
+    let with = asking(
+        serving.address,
+        &builder.store_dir,
+        Some(FeedOptions::default()),
+    );
+    let without = asking(serving.address, &builder.store_dir, None);
+    up(&with).await;
+    up(&without).await;
+    // Known once the feed is here: then no question reaches the other muster.
+    let begun = Instant::now();
+    loop {
+        let before = asked();
+        assert!(with.path_info(absent()).await.unwrap().is_none());
+        if asked() == before {
+            break;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(10));
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let before = asked();
+    assert!(without.path_info(absent()).await.unwrap().is_none());
+    assert_eq!(asked(), before + 1);
+    for upstream in [&with, &without] {
+        assert!(upstream.path_info(path.hash()).await.unwrap().is_some());
+    }
+    let added = builder.add("added", b"added");
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(with.path_info(added.hash()).await.unwrap().is_some());
+
+    // A feed does not hold a stop up.
+    let stopped = Instant::now();
+    serving.stop.send_replace(true);
+    serving.task.await.unwrap();
+    assert!(
+        stopped.elapsed() < Duration::from_secs(2),
+        "{:?}",
+        stopped.elapsed()
+    );
+    // And what is gone says nothing.
+    tokio::time::sleep(Duration::from_millis(1100)).await;
+    assert!(with.path_info(absent()).await.is_err());
+}
+
+#[tokio::test]
+async fn a_muster_over_several_stores_has_no_catalog() {
+    let builder = Builder::new();
+    builder.add("file", b"file");
+    let serving = muster(&builder, 2).await;
+    let answer = support::get(serving.address, "/muster/catalog").await;
+    assert_eq!(answer.status, 404);
+}
+
+/// A cache that is no muster is not bothered.
+#[tokio::test]
+async fn other_caches_are_not_asked_for_a_catalog() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (requests, mut seen) = tokio::sync::mpsc::unbounded_channel();
+    let serve = tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let requests = requests.clone();
+            tokio::spawn(async move {
+                let mut buffer = vec![0; 4096];
+                while let Ok(count @ 1..) = stream.read(&mut buffer).await {
+                    let text = String::from_utf8_lossy(&buffer[..count]).into_owned();
+                    let first = text.lines().next().unwrap_or_default().to_owned();
+                    let _ = requests.send(first);
+                    let answer = "HTTP/1.1 200 OK\r\nServer: other\r\nContent-Length: 21\r\n\r\nStoreDir: /nix/store\n";
+                    let _ = stream.write_all(answer.as_bytes()).await;
+                }
+            });
+        }
+    });
+    let cache = asking(address, &StoreDir::default(), Some(FeedOptions::default()));
+    up(&cache).await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let mut all = vec![];
+    while let Ok(request) = seen.try_recv() {
+        all.push(request);
+    }
+    assert_eq!(all, ["GET /nix-cache-info HTTP/1.1"]);
+    serve.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn watching_a_hundred_thousand_paths_is_cheap() {
+    let builder = Builder::new();
+    builder.add("file", b"file");
+    let mut writer = Connection::open(builder.path("state/db/db.sqlite")).unwrap();
+    let rows = writer.transaction().unwrap();
+    for n in 0..100_000 {
+        rows.execute(
+            "insert into ValidPaths (path, hash, registrationTime, narSize) values (?1, ?2, 1, 120)",
+            (builder.store_dir.join(&numbered(n)), format!("sha256:{}", "0".repeat(64))),
+        )
+        .unwrap();
+    }
+    rows.commit().unwrap();
+    let (fed, _source) = direct(&builder, FeedOptions::default()).await;
+    assert_eq!(fed.state(), (100_001, true));
+    let before = watcher_cpu();
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    let idle = (watcher_cpu() - before) / 4;
+    println!("idle: {idle:?} of processor time a second");
+    assert!(idle < Duration::from_millis(5), "{idle:?}");
+
+    // One is gone among many.
+    let gone = builder.store_dir.join(&numbered(50_000));
+    writer
+        .execute("delete from ValidPaths where path = ?1", [&gone])
+        .unwrap();
+    let took = until(|| fed.says(&numbered(50_000).hash()) == Says::No).await;
+    println!("deletion known after {took:?}");
+    // A look at all of them takes some 30 ms, unoptimized some 500, and this machine may be busy.
+    let optimized = !cfg!(debug_assertions);
+    let bound = Duration::from_secs(if optimized { 1 } else { 3 });
+    assert!(took < bound, "{took:?}");
+    assert_eq!(fed.state(), (100_000, true));
+}
+
+/// Processor time of the threads that watch a database.
+fn watcher_cpu() -> Duration {
+    let threads = fs::read_dir("/proc/self/task").unwrap().flatten();
+    let times = threads.filter_map(|thread| {
+        let name = fs::read_to_string(thread.path().join("comm")).ok()?;
+        let times = fs::read_to_string(thread.path().join("schedstat")).ok()?;
+        let nanos = times.split(' ').next()?.parse().ok()?;
+        (name.trim() == "nix-catalog").then(|| Duration::from_nanos(nanos))
+    });
+    times.sum()
+}
+
+fn numbered(n: u32) -> StorePath {
+    let mut hash = [0x5a; 20];
+    hash[..4].copy_from_slice(&n.wrapping_mul(0x9e37_79b1).to_be_bytes());
+    format!("{}-path-{n}", StorePathHash(hash)).parse().unwrap()
+}
