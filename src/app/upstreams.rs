@@ -18,6 +18,7 @@ use crate::substituter::member::Member;
 use crate::upstream::build_log::BuildLogs;
 use crate::upstream::daemon::DaemonSocket;
 use crate::upstream::runtime_dir::RuntimeDir;
+use crate::upstream::served::ServedOptions;
 use crate::upstream::ssh::{Ssh, SshOptions, SshTarget};
 use crate::upstream::ssh_command::split_options;
 use crate::upstream::wire::Dial;
@@ -175,6 +176,13 @@ fn options(upstream: &config::Upstream, config: &Config) -> WorkerOptions {
     options.roots.query_timeout = upstream.query_timeout;
     options.roots.lifetime = config.roots_lifetime;
     options.pool.large_max = upstream.nar_transfers_max;
+    let far = matches!(upstream.uri.kind(), StoreKind::Ssh(_) | StoreKind::SshNg(_));
+    options.closures = (far && config.prefetch && config.prefetch_closure).then(|| {
+        let mut closures = ServedOptions::default();
+        closures.session.connect_timeout = upstream.connect_timeout;
+        closures.session.silence_max = upstream.query_timeout;
+        closures
+    });
     options
 }
 
@@ -185,7 +193,7 @@ fn said(upstream: &config::Upstream, config: &Config) -> String {
         Trust::Keys(keys) => format!("{keys:?}"),
     };
     format!(
-        "{:?} {} {trust} {:?} {:?} {:?} {} {:?} {} {:?}",
+        "{:?} {} {trust} {:?} {:?} {:?} {} {:?} {} {:?} {} {}",
         upstream.uri,
         upstream.name,
         upstream.ssh_key,
@@ -195,5 +203,7 @@ fn said(upstream: &config::Upstream, config: &Config) -> String {
         config.daemon_socket,
         config.store_dir,
         config.roots_lifetime,
+        config.prefetch,
+        config.prefetch_closure,
     )
 }

@@ -53,6 +53,10 @@ pub struct RawConfig {
     pub roots_lifetime: Option<PositiveSeconds>,
     /// Whether a path's closure is asked for before the client does.
     pub prefetch: Option<bool>,
+    /// Whether that is done in two round trips where builders are far.
+    pub prefetch_closure: Option<bool>,
+    /// Memory for small NARs that are fetched before the client asks; 0: none are.
+    pub prefetch_nars: Option<Bytes>,
     /// How long connecting to an upstream may take.
     pub connect_timeout: Option<PositiveSeconds>,
     /// How long an upstream that is alive may take to answer.

@@ -9,6 +9,8 @@
 //! nar(url)        holders -> upstream's stream -> verified bytes; next holder at the same byte
 //! ```
 
+pub mod ahead;
+mod ahead_order;
 mod berth;
 mod care;
 pub mod closure;
@@ -63,6 +65,8 @@ pub struct Options {
     pub transfer: transfer::Options,
     /// Of fetching path infos ahead; `None`: not done.
     pub prefetch: Option<closure::Options>,
+    /// Of pulling NARs ahead; `None`: not done.
+    pub ahead: Option<ahead::Options>,
     /// How often a path that is asked for is kept alive on its builder anew; half of the time
     /// that a generation of roots lives at most.
     pub keep_interval: Duration,

@@ -17,6 +17,7 @@ use crate::nix::hash::NarHash;
 use crate::nix::path_info::{PathInfo, Verified};
 use crate::nix::store_path::StorePathHash;
 
+use super::ahead::Ahead;
 use super::berth::Berths;
 use super::counters::Counters;
 use super::member::Member;
@@ -47,6 +48,8 @@ pub(super) struct Shared {
     pub(super) encoder: Encoder,
     /// Streams of transfers whose clients do not read at the moment.
     pub(super) berths: Berths,
+    /// NARs pulled before they are asked for.
+    pub(super) ahead: Ahead,
 }
 
 impl Shared {
@@ -69,6 +72,7 @@ impl Shared {
                 .build(),
             encoder: Encoder::new(options.transfer.encoder.clone()),
             berths: Berths::default(),
+            ahead: Ahead::new(options.ahead.clone()),
             options,
         }
     }

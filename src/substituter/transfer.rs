@@ -20,6 +20,7 @@ use crate::codec::compression::{EncodeError, EncoderOptions, Encoding};
 use crate::nix::path_info::PathInfo;
 use crate::upstream;
 
+use super::ahead::Ahead;
 use super::nar_url::NarUrl;
 use super::relay::Relay;
 use super::shared::Shared;
@@ -86,7 +87,9 @@ pub enum Error {
 pub(super) async fn open(shared: &Arc<Shared>, url: &NarUrl) -> Option<Nar> {
     let source = Source::locate(shared, url).await?;
     let size_bytes = source.info.nar_size;
-    let body = if size_bytes <= shared.options.transfer.whole_bytes_max {
+    let body = if let Some(bytes) = Ahead::claim(shared, &source.info, url.encoding).await {
+        NarBody::Whole(bytes)
+    } else if size_bytes <= shared.options.transfer.whole_bytes_max {
         NarBody::Whole(whole(shared, source, url.encoding).await?)
     } else {
         let checked = Relay::new(source).into_checked().await?;
