@@ -15,6 +15,7 @@
 #[path = "../tests/rig/mod.rs"]
 mod rig;
 
+#[expect(dead_code, reason = "what benches/lan.rs alone needs")]
 mod figures;
 
 use std::env;
@@ -24,8 +25,7 @@ use std::time::{Duration, Instant};
 
 use figures::{Figures, Goal, Unit};
 use rig::process::Process;
-use rig::services::Line;
-use rig::{Lab, Machine, Muster, Nix, eventually};
+use rig::{Lab, Line, Machine, Muster, Nix, eventually};
 use serde_json::json;
 
 #[test]
