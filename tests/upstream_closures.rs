@@ -82,7 +82,8 @@ async fn a_top_that_is_gone_is_an_error_and_the_next_is_answered() {
     let error = closures.paths(&absent).await.unwrap_err();
     assert!(matches!(error, Error::Lost(_)), "{error}");
     let closures = ready(&upstream).await;
-    assert_eq!(closures.paths(&top).await.unwrap(), [top.clone()]);
+    let closure = closures.paths(&top).await.unwrap();
+    assert_eq!(closure, std::slice::from_ref(&top));
 
     // Likewise when the connection is lost.
     sshd.kill_sessions();
@@ -101,7 +102,14 @@ async fn what_a_server_remembers_is_gone_after_its_lifetime() {
     let lifetime = Duration::from_millis(1500);
     let upstream = start(&builder, &sshd, lifetime);
     let closures = ready(&upstream).await;
-    assert_eq!(closures.infos(&[top.clone()]).await.unwrap().len(), 1);
+    assert_eq!(
+        closures
+            .infos(std::slice::from_ref(&top))
+            .await
+            .unwrap()
+            .len(),
+        1
+    );
     drop(closures);
     builder.nix_store(&["--delete", &builder.store_dir.join(&top)]);
     sleep(lifetime + Duration::from_millis(500)).await;
