@@ -23,7 +23,7 @@ pub struct Counters {
     pub narinfo_prefetched: Counter,
     /// NARs begun.
     pub nar_requests: Counter,
-    /// NAR bytes given out, before compression.
+    /// NAR bytes given out or pulled ahead, before compression.
     pub nar_bytes: Counter,
     /// NARs pulled ahead of being asked for.
     pub nar_ahead: Counter,

@@ -7,6 +7,7 @@
 //! narinfo(hash)   cache: present | absent | miss -> flight -> query -> publish -> cache
 //!                                                              \-> closure (in the background)
 //! nar(url)        holders -> upstream's stream -> verified bytes; next holder at the same byte
+//!                 \-> ahead: what belongs to the same fetch is pulled, claimed by the next requests
 //! ```
 
 pub mod ahead;
