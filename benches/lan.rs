@@ -95,6 +95,8 @@ impl Options {
 enum Via {
     Nginx,
     Zstd,
+    /// zstd, with NARs pulled when they are asked for and not before.
+    NoNarsAhead,
     Plain,
     /// zstd, with one builder that was silent already when Muster started, while Muster still hopes.
     SilentAtStart,
@@ -104,9 +106,10 @@ enum Via {
 }
 
 impl Via {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 7] = [
         Self::Nginx,
         Self::Zstd,
+        Self::NoNarsAhead,
         Self::Plain,
         Self::SilentAtStart,
         Self::Silent,
@@ -117,6 +120,7 @@ impl Via {
         match self {
             Self::Nginx => NGINX,
             Self::Zstd => ZSTD,
+            Self::NoNarsAhead => NO_NARS_AHEAD,
             Self::Plain => PLAIN,
             Self::SilentAtStart => SILENT_AT_START,
             Self::Silent => SILENT,
@@ -131,6 +135,7 @@ impl Via {
 
 const NGINX: &str = "nginx";
 const ZSTD: &str = "muster, zstd";
+const NO_NARS_AHEAD: &str = "muster, zstd, no NARs ahead";
 const PLAIN: &str = "muster, none";
 const SILENT_AT_START: &str = "muster, zstd, one builder silent, in the first 5 s";
 const SILENT: &str = "muster, zstd, one builder silent";
@@ -175,6 +180,7 @@ impl Scene {
         let muster = lab.machine("m", Nix::Debian12);
         muster.builders(&["b1", "b2", "b3"]);
         let all = muster.read("/etc/nix/machines");
+        muster.write("/etc/muster-no-nars-ahead.toml", "prefetch-nars = 0\n");
         muster.write("/etc/nix/machines.silent", &all.replace("@b1", "@silent"));
         let client = |version: &String| {
             let nix = Nix::named(version);
@@ -244,6 +250,7 @@ impl Scene {
             Via::Nginx => return (None, "http://www".into(), self.key.clone()),
             Via::SshNg => return (None, SSH_NG_URLS.into(), self.key.clone()),
             Via::Zstd => "",
+            Via::NoNarsAhead => "--config /etc/muster-no-nars-ahead.toml",
             Via::Plain => "--compression none",
             Via::Silent | Via::SilentAtStart => "--machines /etc/nix/machines.silent",
         };
@@ -330,6 +337,7 @@ impl Scene {
     fn judge(&self, figures: &mut Figures) {
         for client in self.clients.iter().map(version) {
             figures.set_goal(CLOSURE, client, ZSTD, Goal::Times(1.5, NGINX));
+            figures.set_goal(CLOSURE, client, NO_NARS_AHEAD, Goal::Beside(NGINX));
             figures.set_goal(CLOSURE, client, PLAIN, Goal::Times(1.5, NGINX));
             figures.set_goal(CLOSURE, client, SILENT_AT_START, Goal::Plus(0.1, ZSTD));
             figures.set_goal(CLOSURE, client, SILENT, Goal::Plus(0.1, ZSTD));

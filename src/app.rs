@@ -35,7 +35,7 @@ use crate::nix::cache_info::CacheInfo;
 use crate::nix::signature::SecretKey;
 use crate::server::{self, Info};
 use crate::substituter::publish::Publisher;
-use crate::substituter::{self, Setup, Substituter, closure, filling, health, transfer};
+use crate::substituter::{self, Setup, Substituter, ahead, closure, filling, health, transfer};
 
 use listeners::Opened;
 use upstreams::Upstreams;
@@ -251,7 +251,14 @@ fn substituter_options(config: &Config) -> substituter::Options {
             },
         },
         fill: filling::Options::default(),
-        prefetch: config.prefetch.then(closure::Options::default),
+        prefetch: config.prefetch.then(|| closure::Options {
+            whole: config.prefetch_closure,
+            ..closure::Options::default()
+        }),
+        ahead: (config.prefetch && config.prefetch_nars_bytes > 0).then(|| ahead::Options {
+            bytes_max: config.prefetch_nars_bytes,
+            ..ahead::Options::default()
+        }),
         keep_interval: config.roots_lifetime / 2,
         tasks_max: 10_000,
     }

@@ -34,6 +34,10 @@ fn needing_restart(running: &Config, anew: &Config) -> Vec<&'static str> {
         ),
         ("prefetch", running.prefetch != anew.prefetch),
         (
+            "prefetch-nars",
+            running.prefetch_nars_bytes != anew.prefetch_nars_bytes,
+        ),
+        (
             "max-connections",
             running.max_connections != anew.max_connections,
         ),

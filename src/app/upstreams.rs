@@ -22,6 +22,7 @@ use crate::upstream::http_client::{Got, HttpOptions};
 use crate::upstream::local::database::Place;
 use crate::upstream::local::{LocalOptions, LocalUpstream};
 use crate::upstream::runtime_dir::RuntimeDir;
+use crate::upstream::served::ServedOptions;
 use crate::upstream::ssh::{Ssh, SshOptions, SshTarget};
 use crate::upstream::ssh_command::split_options;
 use crate::upstream::wire::Dial;
@@ -265,6 +266,13 @@ fn options(upstream: &config::Upstream, config: &Config) -> WorkerOptions {
     options.roots.query_timeout = upstream.query_timeout;
     options.roots.lifetime = config.roots_lifetime;
     options.pool.large_max = upstream.nar_transfers_max;
+    let far = matches!(upstream.uri.kind(), StoreKind::Ssh(_) | StoreKind::SshNg(_));
+    options.closures = (far && config.prefetch && config.prefetch_closure).then(|| {
+        let mut closures = ServedOptions::default();
+        closures.session.connect_timeout = upstream.connect_timeout;
+        closures.session.silence_max = upstream.query_timeout;
+        closures
+    });
     options
 }
 
@@ -275,7 +283,7 @@ fn said(upstream: &config::Upstream, config: &Config) -> String {
         Trust::Keys(keys) => format!("{keys:?}"),
     };
     format!(
-        "{:?} {} {trust} {:?} {:?} {:?} {} {:?} {:?} {} {} {:?} {} {:?}",
+        "{:?} {} {trust} {:?} {:?} {:?} {} {:?} {:?} {} {} {:?} {} {:?} {} {}",
         upstream.uri,
         upstream.name,
         upstream.ssh_key,
@@ -289,5 +297,7 @@ fn said(upstream: &config::Upstream, config: &Config) -> String {
         config.roots_lifetime,
         binary_caches::said(upstream),
         upstream.allowed_nar_hosts,
+        config.prefetch,
+        config.prefetch_closure,
     )
 }

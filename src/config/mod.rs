@@ -84,6 +84,10 @@ pub struct Config {
     pub prefetch: bool,
     /// Whether musters are asked for their catalog.
     pub catalog: bool,
+    /// Whether whole closures are asked for over a connection of their own to each far builder.
+    pub prefetch_closure: bool,
+    /// Memory for small NARs that are fetched before the client asks; 0: none are.
+    pub prefetch_nars_bytes: u64,
     /// Clients' connections at the same time.
     pub max_connections: usize,
     /// How long running transfers have to end after SIGTERM.
@@ -212,6 +216,8 @@ impl Config {
             roots_lifetime: raw.roots_lifetime.map_or(ROOTS_LIFETIME, |s| s.0),
             prefetch: raw.prefetch.unwrap_or(true),
             catalog: raw.catalog.unwrap_or(true),
+            prefetch_closure: raw.prefetch_closure.unwrap_or(true),
+            prefetch_nars_bytes: raw.prefetch_nars.map_or(PREFETCH_NARS_BYTES, |b| b.0),
             max_connections: raw
                 .max_connections
                 .map_or(MAX_CONNECTIONS, |n| n.0 as usize),
@@ -337,6 +343,7 @@ const NEGATIVE_TTL: Duration = Duration::from_secs(3);
 const REVALIDATE_AFTER: Duration = Duration::from_secs(300);
 const MEMORY_CACHE_BYTES: u64 = 64 << 20;
 const CACHE_BYTES: u64 = 10 << 30;
+const PREFETCH_NARS_BYTES: u64 = 64 << 20;
 const ROOTS_LIFETIME: Duration = Duration::from_secs(900);
 const MAX_CONNECTIONS: usize = 4096;
 const STOP_TIMEOUT: Duration = Duration::from_secs(30);

@@ -62,6 +62,10 @@ pub struct RawConfig {
     pub prefetch: Option<bool>,
     /// Whether musters are asked for their catalog.
     pub catalog: Option<bool>,
+    /// Whether that is done in two round trips where builders are far.
+    pub prefetch_closure: Option<bool>,
+    /// Memory for small NARs that are fetched before the client asks; 0: none are.
+    pub prefetch_nars: Option<Bytes>,
     /// How long connecting to an upstream may take.
     pub connect_timeout: Option<PositiveSeconds>,
     /// How long an upstream that is alive may take to answer.

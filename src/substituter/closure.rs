@@ -3,21 +3,28 @@
 //! A client walks a closure level by level; from the builder that has the top, the path infos of
 //! its references, and theirs, are asked for at once. Bounded, and nothing waits for it but those
 //! who ask for just these paths.
+//!
+//! ```text
+//! far builders    the whole closure, then all its path infos: two round trips (upstream::closures)
+//! all others      level by level: a round trip each; also when the above fails
+//! ```
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use tracing::debug;
 
-use crate::cache::memory::Lookup;
+use crate::cache::memory::{Entry, Lookup};
+use crate::cache::single_flight::Landing;
 use crate::nix::path_info::PathInfo;
 use crate::nix::store_path::{StorePath, StorePathHash};
 use crate::upstream::Error;
+use crate::upstream::closures::Closures;
 
 use super::member::{Answer, Member};
-use super::now;
 use super::shared::Shared;
+use super::{Setup, now};
 
 /// The bounds of walking closures.
 #[derive(Clone, Debug)]
@@ -26,6 +33,10 @@ pub struct Options {
     pub walks_max: usize,
     /// Paths fetched for one closure.
     pub paths_max: usize,
+    /// Whether whole closures are asked for where an upstream offers it.
+    pub whole: bool,
+    /// Path infos of a whole closure asked for in one go; each is some 500 bytes.
+    pub infos_max: usize,
     /// Questions asked in one go; small enough that a client's own question is not held up.
     pub batch_max: usize,
     /// How long a client's question for a path that is being fetched waits for that one builder
@@ -38,6 +49,8 @@ impl Default for Options {
         Self {
             walks_max: 8,
             paths_max: 20_000,
+            whole: true,
+            infos_max: 5_000,
             batch_max: 256,
             patience: Duration::from_millis(300),
         }
@@ -62,11 +75,26 @@ pub(super) fn follow(shared: &Arc<Shared>, member: &Arc<Member>, top: &PathInfo)
     if first.is_empty() {
         return;
     }
+    let top = top.path.clone();
+    let closures = member.upstream.closures().filter(|_| walk.options.whole);
+    // The client may ask for these as soon as it has the answer about the top.
+    let mut awaited = Awaited::new();
+    if closures.is_some() {
+        walk.announce(&first, &mut awaited);
+    }
     shared.tasks.spawn(async move {
+        if let Some(closures) = closures
+            && walk.fetch_whole(&*closures, &top, awaited).await
+        {
+            return;
+        }
         walk.run(first).await;
         drop(permit);
     });
 }
+
+/// Paths that were announced, with those who wait for them.
+type Awaited = HashMap<StorePathHash, (StorePath, Landing<Option<Arc<Entry>>>)>;
 
 struct Walk {
     shared: Arc<Shared>,
@@ -77,6 +105,7 @@ struct Walk {
 
 impl Walk {
     async fn run(&mut self, mut level: Vec<StorePath>) {
+        level.retain(|path| !self.is_known(path));
         while !level.is_empty() {
             let mut next = Vec::new();
             for batch in level.chunks(self.options.batch_max) {
@@ -130,31 +159,116 @@ impl Walk {
             if claim.path != path {
                 continue;
             }
-            let Answer::Found(info) = self.member.verify(claim, setup.store_dir()) else {
-                continue;
-            };
-            let Some(entry) = self.shared.commit(&setup, &self.member, &info, now()) else {
+            let Some(references) = self.take_in(&setup, claim, landing).await else {
                 return false;
             };
-            self.shared.counters.narinfo_prefetched.increment();
-            landing.land(Some(entry));
-            next.extend(self.unknown(&info.references));
-            tokio::task::yield_now().await;
+            next.extend(self.unknown(&references));
         }
         alive
     }
 
+    /// Fetches the closure in two round trips, however deep it is; `false`: not done.
+    async fn fetch_whole(
+        &mut self,
+        closures: &dyn Closures,
+        top: &StorePath,
+        awaited: Awaited,
+    ) -> bool {
+        let before = self.seen.clone();
+        let member = Arc::clone(&self.member);
+        let fetched = tokio::select! {
+            fetched = self.fetch_both(closures, top, awaited) => fetched,
+            () = member.sickness() => return true,
+        };
+        if let Err(error) = fetched {
+            let upstream = member.upstream.name();
+            debug!(upstream, path = %top, %error, "closure not had at once, fetched level by level");
+            self.seen = before;
+            return false;
+        }
+        true
+    }
+
+    async fn fetch_both(
+        &mut self,
+        closures: &dyn Closures,
+        top: &StorePath,
+        mut awaited: Awaited,
+    ) -> Result<(), Error> {
+        let paths = closures.paths(top).await?;
+        let mut paths = self.unknown(&paths);
+        let room = self.options.paths_max.saturating_sub(awaited.len());
+        if paths.len() > room {
+            debug!(
+                paths = paths.len(),
+                "closure is too large, rest not fetched ahead"
+            );
+            paths.truncate(room);
+        }
+        self.announce(&paths, &mut awaited);
+        let setup = self.shared.setup();
+        if setup.member(self.member.id).is_none() {
+            return Ok(());
+        }
+        let wanted: Vec<_> = awaited.values().map(|(path, _)| path.clone()).collect();
+        for some in wanted.chunks(self.options.infos_max.max(1)) {
+            for claim in closures.infos(some).await? {
+                let Some((path, landing)) = awaited.remove(&claim.path.hash()) else {
+                    continue;
+                };
+                if claim.path != path {
+                    continue;
+                }
+                if self.take_in(&setup, claim, landing).await.is_none() {
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Has those who ask for these paths wait for what comes; not where somebody asks already.
+    fn announce(&self, paths: &[StorePath], awaited: &mut Awaited) {
+        for path in paths {
+            if let Some(landing) = self.shared.flights.announce(path.hash()) {
+                awaited.insert(path.hash(), (path.clone(), landing));
+            }
+        }
+    }
+
+    /// Checks and keeps a claim and gives it to who waits; `None`: the setup was replaced, stop.
+    async fn take_in(
+        &self,
+        setup: &Arc<Setup>,
+        claim: PathInfo,
+        landing: Landing<Option<Arc<Entry>>>,
+    ) -> Option<Vec<StorePath>> {
+        let Answer::Found(info) = self.member.verify(claim, setup.store_dir()) else {
+            return Some(Vec::new());
+        };
+        let entry = self.shared.commit(setup, &self.member, &info, now())?;
+        self.shared.counters.narinfo_prefetched.increment();
+        landing.land(Some(entry));
+        // Signing takes its time, and others have questions, too.
+        tokio::task::yield_now().await;
+        Some(info.references.clone())
+    }
+
     /// Returns those that were not seen on this walk and are not known.
     fn unknown(&mut self, references: &[StorePath]) -> Vec<StorePath> {
-        let now = now();
         let mut unknown = Vec::new();
         for path in references {
-            let hash = path.hash();
-            let known = matches!(self.shared.cache.get(hash, now), Lookup::Present(..));
-            if self.seen.insert(hash) && !known {
+            if self.seen.insert(path.hash()) && !self.is_known(path) {
                 unknown.push(path.clone());
             }
         }
         unknown
+    }
+
+    fn is_known(&self, path: &StorePath) -> bool {
+        matches!(
+            self.shared.cache.get(path.hash(), now()),
+            Lookup::Present(..)
+        )
     }
 }

@@ -34,8 +34,14 @@ pub struct Counters {
     pub nar_requests: Counter,
     /// NARs served as the files that they are kept in.
     pub nar_kept: Counter,
-    /// NAR bytes given out, before compression.
+    /// NAR bytes given out or pulled ahead, before compression.
     pub nar_bytes: Counter,
+    /// NARs pulled ahead of being asked for.
+    pub nar_ahead: Counter,
+    /// Those of them that were asked for.
+    pub nar_ahead_claimed: Counter,
+    /// Those of them that nobody asked for in time.
+    pub nar_ahead_dropped: Counter,
     /// NARs that no holder could give.
     pub nar_absent: Counter,
     /// Times that a NAR went on from another holder.

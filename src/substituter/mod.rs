@@ -7,8 +7,11 @@
 //! narinfo(hash)   cache: present | absent | miss -> flight -> query -> publish -> cache
 //!                                                              \-> closure (in the background)
 //! nar(url)        holders -> upstream's stream -> verified bytes; next holder at the same byte
+//!                 \-> ahead: what belongs to the same fetch is pulled, claimed by the next requests
 //! ```
 
+pub mod ahead;
+mod ahead_order;
 mod berth;
 mod care;
 pub mod closure;
@@ -70,6 +73,8 @@ pub struct Options {
     pub fill: filling::Options,
     /// Of fetching path infos ahead; `None`: not done.
     pub prefetch: Option<closure::Options>,
+    /// Of pulling NARs ahead; `None`: not done.
+    pub ahead: Option<ahead::Options>,
     /// How often a path that is asked for is kept alive on its builder anew; half of the time
     /// that a generation of roots lives at most.
     pub keep_interval: Duration,

@@ -39,6 +39,11 @@ pub(super) async fn entry(
             counter.increment();
         }
     };
+    let note = |wanted| {
+        if wanted == Wanted::NarInfo {
+            shared.ahead.note_asked(hash, now());
+        }
+    };
     loop {
         let asked = now();
         match shared.cache.get(hash, asked) {
@@ -48,6 +53,7 @@ pub(super) async fn entry(
                     revalidate(shared, hash, &entry);
                 }
                 shared.keep(hash, &entry, asked);
+                note(wanted);
                 return Some(entry);
             }
             Lookup::Absent => {
@@ -69,6 +75,7 @@ pub(super) async fn entry(
         if let Some(answer) = shared.flights.join(hash, lead).await {
             if let Some(entry) = &answer {
                 shared.keep(hash, entry, now());
+                note(wanted);
             }
             return answer;
         }

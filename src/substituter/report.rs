@@ -68,6 +68,9 @@ impl Substituter {
             "nar": {
                 "requests": counters.nar_requests.value(),
                 "bytes": counters.nar_bytes.value(),
+                "ahead": counters.nar_ahead.value(),
+                "ahead-claimed": counters.nar_ahead_claimed.value(),
+                "ahead-dropped": counters.nar_ahead_dropped.value(),
                 "absent": counters.nar_absent.value(),
                 "resumed": counters.nar_resumed.value(),
                 "cut": counters.nar_cut.value(),

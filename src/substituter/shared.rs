@@ -19,6 +19,7 @@ use crate::nix::hash::NarHash;
 use crate::nix::path_info::{PathInfo, Verified};
 use crate::nix::store_path::{StorePath, StorePathHash};
 
+use super::ahead::Ahead;
 use super::berth::Berths;
 use super::counters::Counters;
 use super::filling::Fillings;
@@ -54,6 +55,8 @@ pub(super) struct Shared {
     /// What is kept beyond memory, if anything is.
     pub(super) kept: Option<Kept>,
     pub(super) fillings: Fillings,
+    /// NARs pulled before they are asked for.
+    pub(super) ahead: Ahead,
 }
 
 /// The cache below, and the member that stands for it as a holder.
@@ -96,6 +99,7 @@ impl Shared {
                 backend,
             }),
             fillings: Fillings::new(&options.fill),
+            ahead: Ahead::new(options.ahead.clone()),
             options,
         }
     }

@@ -25,6 +25,7 @@ use crate::cache::nar_name::NarName;
 use crate::codec::compression::{EncodeError, EncodedNar, EncoderOptions, Encoding};
 use crate::upstream;
 
+use super::ahead::Ahead;
 use super::filling::{self, Begun};
 use super::kept::{KEPT, KeptNar};
 use super::nar_url::NarUrl;
@@ -124,7 +125,9 @@ pub(super) async fn open(shared: &Arc<Shared>, url: &NarUrl, extent: Extent) -> 
 /// Begins to read a NAR that is not served as a file.
 async fn begin(shared: &Arc<Shared>, source: Source, url: &NarUrl) -> Option<Nar> {
     let size_bytes = source.info.nar_size;
-    let body = if size_bytes <= shared.options.transfer.whole_bytes_max {
+    let body = if let Some(bytes) = Ahead::claim(shared, &source.info, url.encoding).await {
+        NarBody::Whole(bytes)
+    } else if size_bytes <= shared.options.transfer.whole_bytes_max {
         NarBody::Whole(whole(shared, source, url.encoding).await?)
     } else if let Some(filling) = shared.fillings.running(&source.info) {
         NarBody::Stream(filling.give(shared, url, None))
@@ -244,11 +247,23 @@ where
 
 /// Reads, checks and encodes a small NAR once there is room for it in memory.
 async fn whole(shared: &Arc<Shared>, source: Source, encoding: Encoding) -> Option<Bytes> {
-    let info = Arc::clone(&source.info);
-    let kib = u32::try_from(info.nar_size.div_ceil(1024)).unwrap_or(u32::MAX);
+    let kib = u32::try_from(source.info.nar_size.div_ceil(1024)).unwrap_or(u32::MAX);
     let permits = kib.clamp(1, shared.options.transfer.whole_kib_max);
     let room = Arc::clone(&shared.whole_nars);
     let permit = room.acquire_many_owned(permits).await.ok()?;
+    let bytes = read_whole(shared, source, encoding).await?;
+    Some(Bytes::from_owner(Held {
+        bytes,
+        _permit: permit,
+    }))
+}
+
+/// Reads, checks and encodes a small NAR, and has it kept; its memory is the caller's to bound.
+pub(super) async fn read_whole(
+    shared: &Shared,
+    source: Source,
+    encoding: Encoding,
+) -> Option<Bytes> {
     let keep = !source.is_kept() && (encoding != Encoding::None || !source.is_here());
     let (nar, source) = Relay::new(source).whole().await?;
     match shared.encoder.encode_whole(encoding, nar.clone()).await {
@@ -257,13 +272,10 @@ async fn whole(shared: &Arc<Shared>, source: Source, encoding: Encoding) -> Opti
                 let encoded = (encoding == Encoding::Zstd).then(|| bytes.clone());
                 filling::keep_small(&source, nar, encoded);
             }
-            Some(Bytes::from_owner(Held {
-                bytes,
-                _permit: permit,
-            }))
+            Some(bytes)
         }
         Err(error) => {
-            warn!(path = %info.path, %error, "cannot be compressed");
+            warn!(path = %source.info.path, %error, "cannot be compressed");
             None
         }
     }

@@ -18,9 +18,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -122,6 +122,7 @@ fn relay(listen: &str, target: &str, delay_ms: u64, cut: u64, rate: u64) {
     let line = Arc::new(Wire {
         delay: Duration::from_millis(delay_ms),
         rate,
+        free: [Mutex::new(Instant::now()), Mutex::new(Instant::now())],
         left: AtomicU64::new(if cut == 0 { u64::MAX } else { cut }),
     });
     let connect = |client: Stream| {
@@ -151,18 +152,48 @@ fn relay(listen: &str, target: &str, delay_ms: u64, cut: u64, rate: u64) {
 struct Wire {
     delay: Duration,
     rate: u64,
+    /// When the line can take more, to the target and from it.
+    free: [Mutex<Instant>; 2],
     /// Bytes that the target may still send, over all connections.
     left: AtomicU64,
 }
 
-/// Passes bytes one way; each arrives `delay` after it was sent, however many are under way.
+impl Wire {
+    /// Takes the line for so many bytes, after those of all connections that came before; returns
+    /// when the last of them is on its way. Waits while more is queued than a router would.
+    fn take(&self, from_target: bool, size: usize) -> Instant {
+        loop {
+            let mut free = self.free[usize::from(from_target)]
+                .lock()
+                .expect("no panic under this lock");
+            let now = Instant::now();
+            let queued = free.saturating_duration_since(now);
+            if queued <= QUEUE || self.rate == 0 {
+                *free = (*free).max(now);
+                if self.rate > 0 {
+                    *free += Duration::from_secs_f64(size as f64 / self.rate as f64);
+                }
+                return *free;
+            }
+            drop(free);
+            thread::sleep(queued - QUEUE);
+        }
+    }
+}
+
+/// What waits for a thin line.
+const QUEUE: Duration = Duration::from_millis(50);
+
+/// Passes bytes one way; each arrives `delay` after it was sent, however many are under way. The first
+/// come a round trip later: so long takes the greeting of a real TCP connection.
 fn pump(wire: &Arc<Wire>, from: &Stream, to: &Stream, counted: bool) {
     let (mut from, mut to) = (from.twin(), to.twin());
     let (put, take) = mpsc::sync_channel::<(Instant, Vec<u8>)>(1024);
     let wire = Arc::clone(wire);
     thread::spawn(move || {
-        let mut chunk = vec![0; 65536];
-        let mut free = Instant::now();
+        // Small ones on a thin line, so that connections take turns.
+        let mut chunk = vec![0; if wire.rate == 0 { 65536 } else { 16384 }];
+        let greeted = Instant::now() + wire.delay * 2;
         loop {
             let size = from.read(&mut chunk).unwrap_or(0);
             let size64 = size as u64;
@@ -175,13 +206,10 @@ fn pump(wire: &Arc<Wire>, from: &Stream, to: &Stream, counted: bool) {
                 from.close();
                 return;
             }
-            free = free.max(Instant::now());
-            if wire.rate > 0 {
-                free += Duration::from_secs_f64(size as f64 / wire.rate as f64);
-            }
+            let sent = wire.take(counted, size).max(greeted);
             if put
                 .send((
-                    free + wire.delay,
+                    sent + wire.delay,
                     chunk.iter().take(size).copied().collect(),
                 ))
                 .is_err()

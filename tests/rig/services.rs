@@ -23,6 +23,8 @@ pub struct Services {
     daemon: Option<Process>,
     hang: Option<Process>,
     line: Option<Process>,
+    /// The line that another service of this machine goes over.
+    other_line: Option<Process>,
     stutter: Option<Process>,
     /// The line that ssh goes over, kept for [`Machine::heal`]'s sshd.
     over: Option<Line>,
@@ -42,7 +44,7 @@ pub struct Line {
     pub delay_ms: u64,
     /// Bytes that the builder may send before the line breaks, over all connections; 0 for no end.
     pub cut_after_bytes: u64,
-    /// Each way; 0 for no limit.
+    /// Each way, over all connections; 0 for no limit.
     pub bytes_per_second: u64,
 }
 
@@ -160,6 +162,16 @@ impl Machine {
         self.dead();
         self.services.lock().expect("no panic under this lock").over = Some(line);
         self.sshd();
+    }
+
+    /// Puts what listens on port `inner` behind a line, to be reached on port `outer`.
+    pub fn reach_over(&self, outer: u16, inner: u16, line: Line) {
+        let relay = format!("relay 0.0.0.0:{outer} 127.0.0.1:{inner} {}", line.words());
+        let relay = helper::start(self, &format!("line-{outer}"), &relay);
+        self.services
+            .lock()
+            .expect("no panic under this lock")
+            .other_line = Some(relay);
     }
 
     /// Gives the machine another host key than the one that all know.

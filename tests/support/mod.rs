@@ -24,6 +24,7 @@ use muster::server::{self, Info};
 use muster::substituter::member::Member;
 use muster::substituter::publish::Publisher;
 use muster::substituter::{self, Setup, Substituter, closure, filling, health, transfer};
+use muster::upstream::closures::Closures;
 use muster::upstream::{Error, Link, NarStream, Upstream};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
@@ -58,7 +59,7 @@ pub enum NarScript {
 pub struct Scripted {
     name: String,
     link: watch::Sender<Link>,
-    paths: Mutex<HashMap<StorePathHash, (PathInfo, Bytes)>>,
+    pub paths: Mutex<HashMap<StorePathHash, (PathInfo, Bytes)>>,
     pub nar_script: Mutex<NarScript>,
     /// NARs that it gives at the same time.
     pub nars_max: Mutex<Option<Arc<Semaphore>>>,
@@ -72,6 +73,8 @@ pub struct Scripted {
     /// NAR streams that somebody holds.
     pub nars_open: Arc<AtomicUsize>,
     pub kept: Mutex<Vec<StorePath>>,
+    /// Who tells whole closures, where that is to be possible.
+    pub closures: Mutex<Option<Arc<dyn Closures>>>,
 }
 
 impl Scripted {
@@ -92,6 +95,7 @@ impl Scripted {
             nars: AtomicUsize::new(0),
             nars_open: Arc::default(),
             kept: Mutex::default(),
+            closures: Mutex::default(),
         })
     }
 
@@ -166,6 +170,10 @@ impl Upstream for Scripted {
         let paths = self.paths.lock().unwrap();
         let find = |path: &StorePath| paths.get(&path.hash()).map(|(info, _)| info.clone());
         asked.iter().map(|path| Ok(find(path))).collect()
+    }
+
+    fn closures(&self) -> Option<Arc<dyn Closures>> {
+        self.closures.lock().unwrap().clone()
     }
 
     async fn nar(&self, info: &PathInfo) -> Result<Option<NarStream>, Error> {
@@ -303,6 +311,7 @@ pub fn options() -> substituter::Options {
             encoder: EncoderOptions::default(),
         },
         prefetch: Some(closure::Options::default()),
+        ahead: None,
         keep_interval: Duration::from_secs(450),
         tasks_max: 1000,
     }

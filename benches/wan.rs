@@ -1,0 +1,395 @@
+//! Muster near its client, builders and nginx behind a line; run by `benches/wan`, which installs what is needed.
+//!
+//! ```text
+//!   c-2.8 … m  --- here
+//!      line: 20 ms each way, for ssh and http alike; as wide as the machine, or 100 Mbit/s where said
+//!   b1 b2 b3   builders: Nix 2.8, sshd, nix-daemon; b2 alone has the closure and the large path
+//!   www        nginx, the same paths as `nix copy --to file://…?compression=zstd` wrote them
+//! ```
+//!
+//! The line is the rig's relay: each byte arrives 20 ms after it was sent, and a connection's first ones a round
+//! trip later still. It has no slow start and loses nothing, to the gain of both sides. Whatever is compared is
+//! taken in turn, forth and back, as in benches/lan.rs; Muster is started anew for every single time, connected,
+//! and left alone for two seconds.
+
+#[path = "../tests/rig/mod.rs"]
+mod rig;
+
+#[expect(dead_code, reason = "what benches/lan.rs alone needs")]
+mod figures;
+
+use std::env;
+use std::fs;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use figures::{Figures, Goal, Unit};
+use rig::process::Process;
+use rig::{Lab, Line, Machine, Muster, Nix, eventually};
+use serde_json::json;
+
+#[test]
+fn wan() {
+    let options = Options::from_environment();
+    let scene = Scene::new(&options);
+    let mut figures = Figures::default();
+    for round in 0..options.pairs {
+        eprintln!("-- round {} of {}", round + 1, options.pairs);
+        for client in &scene.clients {
+            let mut all = Via::ALL.to_vec();
+            if round % 2 == 1 {
+                all.reverse();
+            }
+            all.iter()
+                .for_each(|via| scene.closure(client, *via, &mut figures));
+            for via in [Via::Nginx, Via::Muster] {
+                scene.misses(client, via, &mut figures);
+            }
+            if options.large_mib > 0 {
+                for via in [Via::Nginx, Via::Muster] {
+                    scene.large(client, via, &mut figures);
+                }
+            }
+        }
+        if options.large_mib > 0 {
+            scene.cat(&mut figures);
+        }
+    }
+    if options.large_mib > 0 {
+        scene.loaded(&mut figures);
+    }
+    scene.judge(&mut figures);
+    let about = scene.about(&options);
+    if let Some(file) = &options.json {
+        let text = json!({ "about": about, "figures": figures.json() });
+        fs::write(file, format!("{text:#}\n")).expect("write the JSON file");
+    }
+    println!("\n{about}\n\n{}", figures.table());
+}
+
+struct Options {
+    pairs: usize,
+    clients: Vec<String>,
+    /// Paths below the top of the closure.
+    paths: usize,
+    /// Of the one large path; 0: none.
+    large_mib: u32,
+    delay_ms: u64,
+    json: Option<String>,
+}
+
+impl Options {
+    fn from_environment() -> Self {
+        let text = |name| env::var(name).ok().filter(|text| !text.is_empty());
+        let number = |name, default| text(name).map_or(default, |n| n.parse().expect("a number"));
+        let quick = text("MUSTER_WAN_QUICK").is_some();
+        let clients = text("MUSTER_WAN_NIX").unwrap_or_else(|| "2.34".into());
+        Self {
+            pairs: number("MUSTER_WAN_PAIRS", 1) as usize,
+            clients: clients.split(' ').map(str::to_owned).collect(),
+            paths: if quick { 40 } else { 200 },
+            large_mib: if quick {
+                0
+            } else {
+                number("MUSTER_WAN_LARGE", 300)
+            },
+            delay_ms: u64::from(number("MUSTER_WAN_DELAY", 20)),
+            json: text("MUSTER_WAN_JSON"),
+        }
+    }
+}
+
+/// The roads to a closure.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Via {
+    Nginx,
+    Muster,
+    /// Without NARs pulled ahead.
+    NoNars,
+    /// Level by level, and without them.
+    Levels,
+    /// With nothing fetched ahead.
+    Nothing,
+}
+
+impl Via {
+    const ALL: [Self; 5] = [
+        Self::Nginx,
+        Self::Muster,
+        Self::NoNars,
+        Self::Levels,
+        Self::Nothing,
+    ];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Nginx => NGINX,
+            Self::Muster => MUSTER,
+            Self::NoNars => "muster, no NARs ahead",
+            Self::Levels => "muster, level by level, no NARs ahead",
+            Self::Nothing => "muster, nothing ahead",
+        }
+    }
+
+    fn config(self) -> &'static str {
+        match self {
+            Self::Nginx | Self::Muster => "",
+            Self::NoNars => "prefetch-nars = 0",
+            Self::Levels => "prefetch-nars = 0\nprefetch-closure = false",
+            Self::Nothing => "prefetch = false",
+        }
+    }
+}
+
+const NGINX: &str = "nginx over the line";
+const MUSTER: &str = "muster";
+
+struct Scene {
+    // Stopped before its machine.
+    _nginx: Process,
+    clients: Vec<Machine>,
+    builders: Vec<Machine>,
+    muster: Machine,
+    www: Machine,
+    top: String,
+    large: Vec<String>,
+    paths: usize,
+    /// The key that b2 signs with.
+    key: String,
+}
+
+impl Scene {
+    fn new(options: &Options) -> Self {
+        let lab = Lab::new();
+        let builder = |name| {
+            let builder = lab.machine(name, Nix::Debian12);
+            builder.daemon();
+            builder
+        };
+        let builders: Vec<_> = ["b1", "b2", "b3"].map(builder).into();
+        let b2 = &builders[1];
+        let key = b2.signs_as("b2-1");
+        let top = b2.build_one("dag", &format!("--arg n {}", options.paths));
+        let large = |number: u32| {
+            let args = format!("--arg sizeMB {} --argstr seed {number}", options.large_mib);
+            b2.build_one("big", &args)
+        };
+        let large: Vec<_> = (0..4)
+            .filter(|_| options.large_mib > 0)
+            .map(large)
+            .collect();
+        let cache = "file:///lab/www?compression=zstd&secret-key=/etc/nix/secret";
+        let first = large.first().cloned().unwrap_or_default();
+        b2.run(&format!("nix copy --to '{cache}' {top} {first}"))
+            .ok();
+
+        let line = Line {
+            delay_ms: options.delay_ms,
+            ..Line::default()
+        };
+        builders.iter().for_each(|builder| builder.behind(line));
+        let www = lab.machine("www", Nix::Debian12);
+        www.write("/etc/lab-nginx.conf", NGINX_CONF);
+        let nginx = www.spawn("nginx", "nginx -c /etc/lab-nginx.conf");
+        www.await_port(8080);
+        www.reach_over(80, 8080, line);
+
+        let muster = lab.machine("m", Nix::Debian12);
+        muster.builders(&["b1", "b2", "b3"]);
+        let client = |version: &String| {
+            let client = lab.machine(&format!("c-{version}"), Nix::named(version));
+            // As the anchors were taken: 2.8 fetches as many paths at once as it may build.
+            client.configure("max-jobs = 16");
+            client
+        };
+        Self {
+            _nginx: nginx,
+            clients: options.clients.iter().map(client).collect(),
+            builders,
+            muster,
+            www,
+            top,
+            large,
+            paths: options.paths + 1,
+            key,
+        }
+    }
+
+    fn closure(&self, client: &Machine, via: Via, figures: &mut Figures) {
+        let (muster, url, key) = self.serve(via);
+        client.fresh_store();
+        let line = format!("nix-store --realise {} {}", self.top, using(&url, &key));
+        let got = client.run_for(120.0, &line);
+        let log = muster.as_ref().map(Muster::log).unwrap_or_default();
+        let got = got.ok();
+        assert_eq!((got.built(), got.copied()), (0, self.paths), "{got}\n{log}");
+        figures.add(
+            CLOSURE,
+            version(client),
+            via.name(),
+            Unit::Seconds,
+            got.secs,
+        );
+        if muster.is_some() && env::var_os("MUSTER_WAN_SHOW").is_some() {
+            let report = self.muster.run(HEALTHZ).out;
+            eprintln!("{}: {:.3} s {report}\n{log}", via.name(), got.secs);
+        }
+    }
+
+    /// A dry run of as many paths that nobody has.
+    fn misses(&self, client: &Machine, via: Via, figures: &mut Figures) {
+        let (_muster, url, key) = self.serve(via);
+        client.fresh_store();
+        let args = format!("--arg n {} --argstr seed nobody", self.paths - 1);
+        let derivation = client.instantiate("dag", &args).concat();
+        let using = using(&url, &key);
+        let line = format!("nix-store --realise --dry-run {derivation} {using}");
+        let got = client.run_for(60.0, &line).ok();
+        assert!(got.err.contains("will be built"), "{got}");
+        figures.add(MISSES, version(client), via.name(), Unit::Seconds, got.secs);
+    }
+
+    fn large(&self, client: &Machine, via: Via, figures: &mut Figures) {
+        let (_muster, url, key) = self.serve(via);
+        client.fresh_store();
+        let line = format!(
+            "nix-store --realise {} {}",
+            self.large[0],
+            using(&url, &key)
+        );
+        let got = client.run_for(120.0, &line).ok();
+        assert_eq!((got.built(), got.copied()), (0, 1), "{got}");
+        figures.add(LARGE, version(client), via.name(), Unit::Seconds, got.secs);
+    }
+
+    /// The same bytes by ssh alone, login and all.
+    fn cat(&self, figures: &mut Figures) {
+        let line = format!("ssh root@b2 cat {} > /dev/null", self.large[0]);
+        let got = self.muster.run_for(120.0, &line).ok();
+        for client in &self.clients {
+            figures.add(LARGE, version(client), CAT, Unit::Seconds, got.secs);
+        }
+    }
+
+    /// Look-ups while four large NARs run over a thin line.
+    fn loaded(&self, figures: &mut Figures) {
+        let thin = Line {
+            delay_ms: 20,
+            bytes_per_second: 100_000_000 / 8,
+            ..Line::default()
+        };
+        self.builders[1].behind(thin);
+        let mut muster = self.start("");
+        let narinfos: Vec<_> = self.large.iter().map(|path| muster.narinfo(path)).collect();
+        let url = muster.url();
+        let get = |place: usize, url: &str| {
+            let line = format!("busybox wget -q -O /dev/null {url}");
+            self.muster.spawn(&format!("nar-{place}"), &line)
+        };
+        let nars: Vec<_> = narinfos
+            .iter()
+            .enumerate()
+            .map(|(place, n)| get(place, &format!("{url}/{}", n.field("URL").expect("a URL"))))
+            .collect();
+        thread::sleep(Duration::from_secs(5));
+        let mut waits = Vec::new();
+        for number in 0..300_u32 {
+            let path = format!("/nix/store/{:032}-nobody", number);
+            let asked = Instant::now();
+            assert_eq!(muster.narinfo(&path).status, 404);
+            waits.push(asked.elapsed().as_secs_f64() * 1000.0);
+        }
+        drop(nars);
+        waits.sort_by(f64::total_cmp);
+        for (percent, what) in [(50, "p50"), (99, "p99")] {
+            let wait = waits[(waits.len() * percent / 100).min(waits.len() - 1)];
+            figures.add(LOADED, "", what, Unit::Milliseconds, wait);
+        }
+    }
+
+    /// Starts what a road needs; the URL and the key for the client.
+    fn serve(&self, via: Via) -> (Option<Muster<'_>>, String, String) {
+        if via == Via::Nginx {
+            return (None, "http://www".into(), self.key.clone());
+        }
+        let muster = self.start(via.config());
+        let (url, key) = (muster.url(), muster.key());
+        (Some(muster), url, key)
+    }
+
+    fn start(&self, config: &str) -> Muster<'_> {
+        let file = "/etc/muster.toml";
+        self.muster.write(file, config);
+        let args = format!("--config {file} --listen 0.0.0.0:5000");
+        let muster = Muster::start(&self.muster, &args);
+        let well = || {
+            self.muster
+                .run(HEALTHZ)
+                .out
+                .matches(r#""state":"well""#)
+                .count()
+        };
+        assert!(eventually(30.0, || well() == 3), "{}", muster.log());
+        // Sessions for NARs and closures log in, too.
+        thread::sleep(Duration::from_secs(2));
+        muster
+    }
+
+    fn judge(&self, figures: &mut Figures) {
+        for client in self.clients.iter().map(version) {
+            for via in Via::ALL {
+                figures.set_goal(CLOSURE, client, via.name(), Goal::Beside(NGINX));
+            }
+            figures.set_goal(CLOSURE, client, MUSTER, Goal::AtMost(1.0));
+            figures.set_goal(MISSES, client, MUSTER, Goal::AtMost(0.6));
+            figures.set_goal(LARGE, client, MUSTER, Goal::Times(1.1, CAT));
+        }
+        figures.set_goal(LOADED, "", "p99", Goal::AtMost(250.0));
+    }
+
+    fn about(&self, options: &Options) -> String {
+        let cores = thread::available_parallelism().map_or(0, std::num::NonZero::get);
+        let nix = |m: &Machine| m.run("nix --version").out.trim().to_owned();
+        let versions: Vec<_> = self.clients.iter().map(nix).collect();
+        format!(
+            "{} small paths, {} pairs, {} ms each way, all machines on {cores} cores; clients {}; builders and nginx: {}, {}; load {}",
+            self.paths,
+            options.pairs,
+            options.delay_ms,
+            versions.join(", "),
+            nix(&self.builders[0]),
+            self.www.run("nginx -v").err.trim(),
+            fs::read_to_string("/proc/loadavg")
+                .unwrap_or_default()
+                .trim(),
+        )
+    }
+}
+
+fn using(url: &str, key: &str) -> String {
+    format!("--option substituters '{url}' --option trusted-public-keys '{key}'")
+}
+
+fn version(client: &Machine) -> &str {
+    client.name.trim_start_matches("c-")
+}
+
+const CLOSURE: &str = "closure of small paths, cold";
+const MISSES: &str = "as many paths that nobody has, dry run";
+const LARGE: &str = "one large path";
+const LOADED: &str = "look-up while four large NARs run over 100 Mbit/s";
+const CAT: &str = "bare ssh cat";
+
+const HEALTHZ: &str = "busybox wget -q -O - http://127.0.0.1:5000/healthz";
+
+const NGINX_CONF: &str = "\
+daemon off; user root; worker_processes 2; pid /run/nginx.pid; error_log /run/nginx.err;
+events { worker_connections 1024; }
+http {
+  access_log off; sendfile on; tcp_nodelay on; keepalive_requests 100000;
+  default_type application/octet-stream;
+  client_body_temp_path /run/nginx-1; proxy_temp_path /run/nginx-2; fastcgi_temp_path /run/nginx-3;
+  uwsgi_temp_path /run/nginx-4; scgi_temp_path /run/nginx-5;
+  server { listen 8080; root /lab/www; }
+}
+";
