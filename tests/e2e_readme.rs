@@ -7,7 +7,7 @@ mod module;
 mod rig;
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -115,7 +115,7 @@ fn snippets_of_nix_and_toml_are_read() {
                 nix
             }
             "toml" => {
-                let mut check = Command::new(MUSTER);
+                let mut check = Command::new(program());
                 check.args(["check-config", "--no-files"]);
                 check
             }
@@ -153,7 +153,7 @@ fn is_to_come(line: &str) -> bool {
     else {
         return false;
     };
-    let help = Command::new(MUSTER)
+    let help = Command::new(program())
         .args([name, "--help"])
         .output()
         .expect("muster starts");
@@ -428,6 +428,11 @@ fn run_here(line: &str, environment: &[(&str, &Path)]) {
         command.env(name, value);
     }
     rig::process::run(&mut command, b"", Duration::from_secs(600)).ok();
+}
+
+/// The program under test, as the machines of the lab have it.
+fn program() -> PathBuf {
+    std::env::var_os("MUSTER").map_or_else(|| MUSTER.into(), PathBuf::from)
 }
 
 const MUSTER: &str = env!("CARGO_BIN_EXE_muster");
