@@ -8,10 +8,12 @@
 //! ```
 
 mod announce;
+mod binary_caches;
 mod files;
 mod listeners;
 mod reload;
-mod upstreams;
+pub mod sign_all;
+pub(crate) mod upstreams;
 
 use std::time::Duration;
 

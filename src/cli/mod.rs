@@ -1,11 +1,19 @@
 //! The command line: one file per subcommand, and what they share.
 
+pub mod check;
 pub mod check_config;
 pub mod completions;
+mod http;
 pub mod key;
 pub mod logging;
 pub mod man;
+mod nix_conf;
+mod page;
 pub mod serve;
+pub mod settings;
+pub mod sign_all;
+pub mod status;
+mod units;
 
 use std::io::{self, ErrorKind, IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
@@ -41,8 +49,14 @@ pub enum Command {
     /// Make signing keys and show their public halves
     #[command(subcommand)]
     Key(key::Command),
+    /// Sign every path that stores already have
+    SignAll(Box<sign_all::Args>),
     /// Say what a configuration means, or what is wrong with it
     CheckConfig(check_config::Args),
+    /// Check whether everything is set up right, and say what to do where it is not
+    Check(Box<check::Args>),
+    /// Show how a running muster and its upstreams are
+    Status(status::Args),
     /// Write a completion script for a shell
     Completions(completions::Args),
     /// Write the manual pages

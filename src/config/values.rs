@@ -9,7 +9,7 @@ use std::time::Duration;
 use serde::de::{self, Deserialize, Deserializer, SeqAccess, Visitor};
 
 use super::listen::{ListenAddress, ListenError};
-use super::{CompressionSetting, LogFormat};
+use super::{CompressionSetting, LocalStore, LogFormat};
 use crate::nix::signature::PublicKey;
 use crate::nix::store_path::StoreDir;
 use crate::nix::store_uri::{StoreKind, StoreUri};
@@ -52,6 +52,10 @@ pub struct Number<const LEAST: u32, const MOST: u32>(pub u32);
 /// How many of something, at least one.
 pub type Count = Number<1, 1_000_000>;
 
+/// A host that a binary cache may send us to: `host`, `host:port`, or `*` for any.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostPattern(pub String);
+
 /// A type whose values are written as text, and say what is wrong with one.
 pub trait FromText: Sized {
     /// What is expected, for the error about a number or a list in its stead.
@@ -76,10 +80,24 @@ impl FromText for StoreUri {
         let uri = Self::parse(text).map_err(|error| error.to_string())?;
         match uri.kind() {
             StoreKind::Unsupported(scheme) => Err(format!(
-                "{scheme:?} is no kind of store that can be asked; ssh-ng, ssh, unix and daemon are"
+                "{scheme:?} is no kind of store that can be asked; ssh-ng, ssh, unix, daemon, http, https and file are"
             )),
             _ => Ok(uri),
         }
+    }
+}
+
+impl FromText for HostPattern {
+    const EXPECTED: &'static str = "a host such as \"cdn.example\"";
+
+    fn from_text(text: &str) -> Result<Self, String> {
+        let foreign = |c: char| c.is_whitespace() || c.is_control() || "/@?#".contains(c);
+        if text.is_empty() || text.contains(foreign) || (text.contains('*') && text != "*") {
+            return Err(format!(
+                "{text:?} is no host: a name, perhaps with a port, or \"*\" for any"
+            ));
+        }
+        Ok(Self(text.to_ascii_lowercase()))
     }
 }
 
@@ -121,6 +139,18 @@ impl FromText for CompressionSetting {
     fn from_text(text: &str) -> Result<Self, String> {
         let found = Self::ALL.into_iter().find(|setting| setting.name() == text);
         found.ok_or_else(|| format!("{text:?} is not {}", Self::EXPECTED))
+    }
+}
+
+impl FromText for LocalStore {
+    const EXPECTED: &'static str = "auto or daemon";
+
+    fn from_text(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "daemon" => Ok(Self::Daemon),
+            _ => Err(format!("{text:?} is not {}", Self::EXPECTED)),
+        }
     }
 }
 

@@ -1,0 +1,209 @@
+//! Where NARs and what is known of their paths are kept beyond memory: the trait of all such places.
+//!
+//! A backend believes what it is given: trust, signing and the choice of holders are the floor above's.
+//! It promises that what it lists is complete: an entry is seen only when its NAR is there whole.
+//!
+//! ```text
+//! begin -> Fill (write … write) -> commit: NAR, then narinfo, then index -> look_up, open
+//! ```
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+
+use crate::nix::path_info::{Basis, PathInfo};
+use crate::nix::store_path::StorePathHash;
+
+use super::fill::Fill;
+use super::nar_name::{FileHash, NarName};
+
+/// A compressed NAR that is kept, always zstd.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NarFile {
+    /// SHA-256 of the file.
+    pub hash: FileHash,
+    /// Size of the file in bytes.
+    pub size_bytes: u64,
+}
+
+/// Who had a path, and what that was believed by.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ground {
+    /// The upstream's name.
+    pub upstream: String,
+    /// What the check rested on.
+    pub basis: Basis,
+}
+
+/// What is kept of one store path.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// What was verified, with foreign signatures only: ours are made when it is published.
+    pub info: PathInfo,
+    /// Who has it and what each was believed by; the floor above decides whether one still holds.
+    pub grounds: Vec<Ground>,
+    /// Its NAR, where that is kept; `None`: a positive look-up alone.
+    pub file: Option<NarFile>,
+}
+
+/// A NAR that can be read; it stays readable when it is evicted meanwhile.
+#[derive(Clone, Debug)]
+pub struct OpenNar {
+    /// The file, to be read by `pread` or `sendfile` at given places only: others may share it.
+    pub file: Arc<File>,
+    /// Its size in bytes, as the file system and the record agree.
+    pub size_bytes: u64,
+}
+
+/// How much is kept and what came to pass since the start.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// NARs that are kept.
+    pub entries: u64,
+    /// Bytes of their files.
+    pub bytes: u64,
+    /// Bytes that running fills have reserved.
+    pub bytes_reserved: u64,
+    /// Bytes that both together may take.
+    pub bytes_max: u64,
+    /// Paths that are known without their NAR.
+    pub look_ups: u64,
+    /// Fills that were committed since the start.
+    pub fills: u64,
+    /// Entries that were removed since the start to make room.
+    pub evictions: u64,
+    /// Entries that were removed since the start because they were found wrong.
+    pub corrupt: u64,
+    /// Why nothing can be written, or nothing read, at present.
+    pub degraded: Option<String>,
+}
+
+/// Why a backend cannot do it now; whoever serves goes on without.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The NAR would not fit even into an empty cache.
+    #[error("a nar of {size_bytes} bytes does not fit into a cache of {bytes_max}")]
+    TooLarge {
+        /// Bytes that it takes, perhaps estimated.
+        size_bytes: u64,
+        /// Bytes that the cache may take.
+        bytes_max: u64,
+    },
+    /// Running fills have reserved all that there is.
+    #[error("running fills take the whole cache")]
+    Full,
+    /// Another NAR of the same path is kept; it stays.
+    #[error("a nar of another hash is kept for this path")]
+    Diverges,
+    /// The backend cannot write at present; the cause was logged when it was found.
+    #[error("the cache is degraded: {0}")]
+    Degraded(String),
+    /// Reading or writing failed.
+    #[error("{what}")]
+    Io {
+        /// What was done, with the place.
+        what: String,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// It is being stopped.
+    #[error("the cache is stopping")]
+    Stopping,
+}
+
+/// A place where NARs and what is known of their paths are kept.
+///
+/// All methods may be called at any time from any number of threads. Only [`stop`](Self::stop) waits
+/// for anything; `look_up`, `open` and `begin` take microseconds on a machine at rest and never wait
+/// for writers.
+#[async_trait]
+pub trait Backend: Send + Sync + 'static {
+    /// Returns what is known of a path.
+    ///
+    /// `file` is there only if the NAR is kept whole. What was given to [`remember`](Self::remember)
+    /// may show a moment later.
+    fn look_up(&self, hash: StorePathHash) -> Option<Record>;
+
+    /// Keeps what an upstream said of a path, for restarts.
+    ///
+    /// Its `file` is not read. It joins what is known of the path: grounds of the same upstream are
+    /// replaced, others and a kept NAR stay; where a NAR of another hash is kept, it changes nothing.
+    /// Queued, and dropped when the queue is full: it is only a memory.
+    fn remember(&self, record: Record);
+
+    /// Forgets a path, its NAR too, in the background.
+    fn forget(&self, hash: StorePathHash);
+
+    /// Notes that a path was used just now, so that it is evicted late.
+    fn touch(&self, hash: StorePathHash);
+
+    /// Begins to take in a NAR of `nar_size` bytes before compression.
+    ///
+    /// Room is reserved by estimate and grows with what is written; the least recently used entries
+    /// make room in the background.
+    fn begin(&self, nar_size: u64) -> Result<Fill, Error>;
+
+    /// Opens a kept NAR; `None` when exactly this file is not kept.
+    ///
+    /// A file whose size is not what was recorded is corrupt: the entry is removed, and it is `None`.
+    /// The content is not read.
+    fn open(&self, name: &NarName) -> Result<Option<OpenNar>, Error>;
+
+    /// Removes an entry that was found wrong while it was served, says so in the log and counts it.
+    ///
+    /// An entry of that path with another file stays.
+    fn corrupt(&self, name: &NarName, cause: &str);
+
+    /// Returns how much is kept, and whether all is well.
+    fn stats(&self) -> Stats;
+
+    /// Writes what is queued and ends the background work; later calls find nothing and keep nothing.
+    ///
+    /// Dropped, the work goes on without anybody waiting.
+    async fn stop(&self);
+}
+
+impl NarFile {
+    /// Names the file of this NAR of a path.
+    pub fn name(&self, info: &PathInfo) -> NarName {
+        NarName {
+            path_hash: info.path.hash(),
+            nar_hash: info.nar_hash,
+            file_hash: self.hash,
+        }
+    }
+}
+
+impl Record {
+    /// Names the kept file, where there is one.
+    pub fn name(&self) -> Option<NarName> {
+        self.file.map(|file| file.name(&self.info))
+    }
+
+    /// Adds what another answer for the same path and NAR said.
+    ///
+    /// Grounds of the same upstream are replaced, foreign signatures are united; both are bounded.
+    pub fn join(&mut self, other: Self) {
+        for ground in other.grounds {
+            self.grounds.retain(|g| g.upstream != ground.upstream);
+            self.grounds.push(ground);
+        }
+        let surplus = self.grounds.len().saturating_sub(GROUNDS_MAX);
+        self.grounds.drain(..surplus);
+        for signature in other.info.signatures {
+            let signatures = &mut self.info.signatures;
+            if signatures.len() < SIGNATURES_MAX && !signatures.contains(&signature) {
+                signatures.push(signature);
+            }
+        }
+        self.info.deriver = self.info.deriver.take().or(other.info.deriver);
+        self.info.ca = self.info.ca.take().or(other.info.ca);
+    }
+}
+
+/// More holders than this are not worth remembering.
+const GROUNDS_MAX: usize = 64;
+/// As many as are published.
+const SIGNATURES_MAX: usize = 32;

@@ -1,0 +1,388 @@
+//! The folder of the cache on disk: which file is where, and whose it is.
+//!
+//! It is a binary cache as Nix reads and writes them, so that Nix and any web server can use it alone:
+//!
+//! ```text
+//! nix-cache-info
+//! <hash>.narinfo                     written after its NAR, removed before it
+//! nar/<hash>-<NAR hash>-<file hash>.nar.zst
+//! .muster/lock                       held by the process that may write
+//! .muster/index.redb                 may be deleted while nobody holds the lock
+//! .muster/tmp/                       what is not complete; emptied at start
+//! ```
+//!
+//! What has other names is foreign and left alone.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, ErrorKind, Read as _, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::fs::{FlockOperation, Mode, OFlags};
+
+use super::super::nar_name::NarName;
+use crate::nix::cache_info::CacheInfo;
+use crate::nix::store_path::StorePathHash;
+
+/// The places in one folder.
+#[derive(Clone, Debug)]
+pub struct Folder {
+    root: PathBuf,
+}
+
+/// The right to write; dropped, another process may have it.
+#[derive(Debug)]
+pub struct Lock {
+    _file: File,
+    /// Device and inode, to see that it is still the one in the folder.
+    identity: (u64, u64),
+}
+
+/// Why a folder cannot be used or written.
+#[derive(Debug, thiserror::Error)]
+pub enum FolderError {
+    /// Another process has the lock.
+    #[error("another muster uses {}", .0.display())]
+    InUse(PathBuf),
+    /// The folder is the cache of another store.
+    #[error("{} holds paths of {found}, not of {wanted}", path.display())]
+    OtherStore {
+        /// The folder.
+        path: PathBuf,
+        /// What its `nix-cache-info` says.
+        found: String,
+        /// What was expected.
+        wanted: String,
+    },
+    /// The system refused.
+    #[error("cannot use {}: {source}", path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What it said.
+        source: io::Error,
+    },
+}
+
+/// A file under `.muster/tmp/`; dropped, it is gone.
+#[derive(Debug, Default)]
+pub struct Temp {
+    path: Option<PathBuf>,
+}
+
+impl Folder {
+    /// Names the places; it looks at nothing.
+    pub fn new(root: PathBuf) -> Self {
+        Self { root }
+    }
+
+    /// Returns the folder itself.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Returns where a path's narinfo is.
+    pub fn narinfo(&self, hash: StorePathHash) -> PathBuf {
+        self.root.join(format!("{hash}.narinfo"))
+    }
+
+    /// Returns the folder of all NARs.
+    pub fn nars(&self) -> PathBuf {
+        self.root.join("nar")
+    }
+
+    /// Returns where a NAR is.
+    pub fn nar(&self, name: &NarName) -> PathBuf {
+        self.root.join(name.url())
+    }
+
+    /// Returns where the index is.
+    pub fn index(&self) -> PathBuf {
+        self.own().join("index.redb")
+    }
+
+    fn own(&self) -> PathBuf {
+        self.root.join(".muster")
+    }
+
+    fn temp(&self) -> PathBuf {
+        self.own().join("tmp")
+    }
+
+    /// Makes what is not there yet and writes `nix-cache-info`, after a look at whose folder it is.
+    pub fn make(&self, info: &CacheInfo) -> Result<(), FolderError> {
+        self.check_store(info)?;
+        for (path, mode) in [
+            (self.nars(), 0o755),
+            (self.own(), 0o700),
+            (self.temp(), 0o700),
+        ] {
+            let made = DirBuilder::new().recursive(true).mode(mode).create(&path);
+            made.map_err(|source| FolderError::Io { path, source })?;
+        }
+        let (path, text) = (self.cache_info(), info.render());
+        if fs::read(&path).is_ok_and(|found| found == text.as_bytes()) {
+            return Ok(());
+        }
+        let write = || {
+            let (temp, mut file) = self.create_temp("info")?;
+            file.write_all(text.as_bytes())?;
+            file.sync_data()?;
+            temp.rename(&path)
+        };
+        write().map_err(|source| FolderError::Io { path, source })
+    }
+
+    /// Refuses the cache of another store; a folder without `nix-cache-info` is nobody's yet.
+    pub fn check_store(&self, info: &CacheInfo) -> Result<(), FolderError> {
+        let Ok(text) = fs::read_to_string(self.cache_info()) else {
+            return Ok(());
+        };
+        match CacheInfo::parse(&text) {
+            Ok(found) if found.store_dir == info.store_dir => Ok(()),
+            // An interrupted write of somebody else's, or a text that was never one.
+            _ if !text.contains("StoreDir:") => Ok(()),
+            found => Err(FolderError::OtherStore {
+                path: self.root.clone(),
+                found: found.map_or_else(|e| e.to_string(), |info| info.store_dir.to_string()),
+                wanted: info.store_dir.to_string(),
+            }),
+        }
+    }
+
+    fn cache_info(&self) -> PathBuf {
+        self.root.join("nix-cache-info")
+    }
+
+    /// Takes the right to write, without waiting for whoever has it.
+    pub fn lock(&self) -> Result<Lock, FolderError> {
+        let path = self.own().join("lock");
+        let lock = || {
+            let mut options = OpenOptions::new();
+            let file = options.write(true).create(true).truncate(false);
+            let file = file.open(&path)?;
+            rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+            let found = file.metadata()?;
+            Ok(Lock {
+                identity: (found.dev(), found.ino()),
+                _file: file,
+            })
+        };
+        lock().map_err(|source: io::Error| match source.kind() {
+            ErrorKind::WouldBlock => FolderError::InUse(self.root.clone()),
+            _ => FolderError::Io { path, source },
+        })
+    }
+
+    /// Tells whether another process may write; a folder that nobody ever locked is free.
+    pub fn is_in_use(&self) -> bool {
+        let Ok(file) = File::open(self.own().join("lock")) else {
+            return false;
+        };
+        let taken = rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared);
+        taken == Err(rustix::io::Errno::WOULDBLOCK)
+    }
+
+    /// Tells whether the lock is still that of this folder: false when it was deleted or replaced.
+    pub fn still_has(&self, lock: &Lock) -> bool {
+        let found = fs::metadata(self.own().join("lock"));
+        found.is_ok_and(|found| (found.dev(), found.ino()) == lock.identity)
+    }
+
+    /// Removes what an earlier process left incomplete; only the holder of the lock may.
+    pub fn clean_temp(&self) -> io::Result<()> {
+        for entry in fs::read_dir(self.temp())? {
+            let path = entry?.path();
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() == ErrorKind::IsADirectory => {}
+                removed => removed?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes an empty file for what is not complete yet.
+    pub fn create_temp(&self, kind: &str) -> io::Result<(Temp, File)> {
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let path = self
+            .temp()
+            .join(format!("{kind}.{}.{number}", std::process::id()));
+        let mut options = OpenOptions::new();
+        // One of the same name can only be a dead process's.
+        let options = options.read(true).write(true).create(true).truncate(true);
+        let file = options.open(&path)?;
+        Ok((Temp { path: Some(path) }, file))
+    }
+
+    /// Returns how many bytes this process may still write to the file system.
+    pub fn free_bytes(&self) -> io::Result<u64> {
+        let found = rustix::fs::statvfs(&self.root)?;
+        Ok(found.f_bavail.saturating_mul(found.f_frsize))
+    }
+
+    /// Opens a NAR for reading, with its size in bytes; what is no plain file is `InvalidData`.
+    pub fn open_nar(&self, name: &NarName) -> io::Result<(File, u64)> {
+        // A foreign pipe of this name must not be waited for, a link not followed.
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+        let opened = rustix::fs::open(self.nar(name), flags, Mode::empty());
+        let file = opened.map(File::from).map_err(|error| match error {
+            rustix::io::Errno::LOOP => io::Error::new(ErrorKind::InvalidData, "it is a link"),
+            error => error.into(),
+        })?;
+        let found = file.metadata()?;
+        if !found.is_file() {
+            return Err(io::Error::new(ErrorKind::InvalidData, "it is no file"));
+        }
+        Ok((file, found.len()))
+    }
+
+    /// Reads a narinfo; `None` when there is none, `InvalidData` when it is not one by its size.
+    pub fn read_narinfo(&self, hash: StorePathHash) -> io::Result<Option<String>> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+        let file = match rustix::fs::open(self.narinfo(hash), flags, Mode::empty()) {
+            Ok(file) => File::from(file),
+            Err(rustix::io::Errno::NOENT) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        if !file.metadata()?.is_file() {
+            return Err(io::Error::new(ErrorKind::InvalidData, "it is no file"));
+        }
+        let mut text = String::new();
+        file.take(NARINFO_BYTES_MAX + 1).read_to_string(&mut text)?;
+        if text.len() as u64 > NARINFO_BYTES_MAX {
+            return Err(io::Error::new(ErrorKind::InvalidData, "it is too long"));
+        }
+        Ok(Some(text))
+    }
+
+    /// Waits until the names in the folder of all NARs are on disk.
+    pub fn sync_nars(&self) -> io::Result<()> {
+        File::open(self.nars())?.sync_all()
+    }
+
+    /// Waits until the names in the folder itself are on disk.
+    pub fn sync_root(&self) -> io::Result<()> {
+        File::open(&self.root)?.sync_all()
+    }
+
+    /// Waits until everything that was written to the file system is on disk.
+    pub fn sync_all(&self) -> io::Result<()> {
+        Ok(rustix::fs::syncfs(File::open(&self.root)?)?)
+    }
+}
+
+impl Temp {
+    /// Returns where it is; `None` for none.
+    pub fn path(&self) -> Option<&Path> {
+        self.path.as_deref()
+    }
+
+    /// Gives the file its lasting name; what had it is replaced.
+    pub fn rename(mut self, to: &Path) -> io::Result<()> {
+        if let Some(path) = &self.path {
+            fs::rename(path, to)?;
+        }
+        self.path = None;
+        Ok(())
+    }
+}
+
+impl Drop for Temp {
+    fn drop(&mut self) {
+        if let Some(path) = self.path.take() {
+            // What cannot be removed now is removed at the next start.
+            _ = fs::remove_file(path);
+        }
+    }
+}
+
+/// Reads the hash part from the name of a narinfo.
+pub fn narinfo_hash(file: &str) -> Option<StorePathHash> {
+    StorePathHash::parse(file.strip_suffix(".narinfo")?)
+}
+
+/// Removes a file; one that is not there is no error.
+pub fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    }
+}
+
+/// More than the parser takes.
+const NARINFO_BYTES_MAX: u64 = 1 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nix::store_path::StoreDir;
+
+    fn folder() -> (tempfile::TempDir, Folder) {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = Folder::new(dir.path().join("cache"));
+        folder.make(&CacheInfo::default()).unwrap();
+        (dir, folder)
+    }
+
+    #[test]
+    fn the_cache_of_another_store_is_left_alone() {
+        let (_dir, folder) = folder();
+        let other = CacheInfo {
+            store_dir: StoreDir::new("/gnu/store").unwrap(),
+            ..CacheInfo::default()
+        };
+        let error = folder.make(&other).unwrap_err();
+        assert!(matches!(error, FolderError::OtherStore { .. }), "{error}");
+        let info = fs::read_to_string(folder.cache_info()).unwrap();
+        assert_eq!(info, CacheInfo::default().render());
+    }
+
+    #[test]
+    fn one_lock_at_a_time_and_only_of_this_folder() {
+        let (_dir, folder) = folder();
+        assert!(!folder.is_in_use());
+        let lock = folder.lock().unwrap();
+        assert!(folder.is_in_use() && folder.still_has(&lock));
+        assert!(matches!(folder.lock(), Err(FolderError::InUse(_))));
+        fs::remove_dir_all(folder.root()).unwrap();
+        assert!(!folder.still_has(&lock));
+        folder.make(&CacheInfo::default()).unwrap();
+        let anew = folder.lock().unwrap();
+        assert!(!folder.still_has(&lock) && folder.still_has(&anew));
+    }
+
+    #[test]
+    fn what_is_incomplete_goes_when_it_is_dropped_or_at_the_next_start() {
+        let (_dir, folder) = folder();
+        let (temp, _) = folder.create_temp("nar").unwrap();
+        drop(temp);
+        assert_eq!(fs::read_dir(folder.temp()).unwrap().count(), 0);
+        let (temp, _) = folder.create_temp("nar").unwrap();
+        std::mem::forget(temp);
+        folder.clean_temp().unwrap();
+        assert_eq!(fs::read_dir(folder.temp()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn pipes_links_and_folders_are_no_nars() {
+        let (_dir, folder) = folder();
+        let name = NarName {
+            path_hash: StorePathHash([1; 20]),
+            nar_hash: crate::nix::hash::NarHash([2; 32]),
+            file_hash: super::super::super::nar_name::FileHash([3; 32]),
+        };
+        let path = folder.nar(&name);
+        let kind = || folder.open_nar(&name).unwrap_err().kind();
+        assert_eq!(kind(), ErrorKind::NotFound);
+        rustix::fs::mkfifoat(rustix::fs::CWD, &path, Mode::from_raw_mode(0o600)).unwrap();
+        assert_eq!(kind(), ErrorKind::InvalidData);
+        fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink("/etc/passwd", &path).unwrap();
+        assert_eq!(kind(), ErrorKind::InvalidData);
+        fs::remove_file(&path).unwrap();
+        fs::create_dir(&path).unwrap();
+        assert_eq!(kind(), ErrorKind::InvalidData);
+    }
+}

@@ -1,0 +1,271 @@
+//! The cache on disk: a folder that is a binary cache by itself, and an index beside it.
+//!
+//! ```text
+//! folder    names, lock, files              text      narinfos with grounds of trust
+//! index     what is known, order of use     queue     what the writer has to do
+//! place     a running fill                  writer    the one thread that changes anything
+//! commit    group commit                    removal   eviction and removal
+//! reconcile the background pass at start    shared    state, and whether all is well
+//! ```
+//!
+//! Opening never fails and never scans: a folder that cannot be used is a degraded cache, which is
+//! tried again after a pause. kill -9 at any moment leaves whole entries only.
+
+mod commit;
+pub mod folder;
+pub mod index;
+mod place;
+mod queue;
+mod reconcile;
+pub mod removal;
+mod shared;
+pub mod text;
+mod writer;
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+use tracing::warn;
+
+use super::backend::{Backend, Error, OpenNar, Record, Stats};
+use super::fill::Fill;
+use super::nar_name::NarName;
+use crate::nix::signature::PublicKey;
+use crate::nix::store_path::{StoreDir, StorePathHash};
+use folder::Folder;
+use place::OnDisk;
+use queue::Task;
+use shared::Shared;
+use writer::Writer;
+
+/// The bounds of a cache on disk, and whose it is.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Bytes that NAR files may take, those of running fills too. The index, some hundred bytes an
+    /// entry, and the narinfos are not counted.
+    pub bytes_max: u64,
+    /// The directory of all store paths; a folder that holds those of another one is not touched.
+    pub store_dir: StoreDir,
+    /// The keys that sign now: narinfos that are not in the index count by them.
+    pub keys: Vec<PublicKey>,
+    /// What `nix-cache-info` says, for whoever serves the folder: its place among substituters.
+    pub priority: u32,
+    /// And whether it may be asked for many paths at once.
+    pub want_mass_query: bool,
+    /// Paths that are known without their NAR, at most: about 600 MB of index.
+    pub look_ups_max: u64,
+    /// Look-ups, and uses, that wait for the writer: some MB; further ones are dropped.
+    pub queue_max: usize,
+    /// How long a folder that cannot be written is left alone before it is tried again.
+    pub retry_after: Duration,
+    /// Bytes that are left to others on the file system, for the index, too.
+    pub free_bytes_min: u64,
+    /// Memory for the pages of the index.
+    pub index_cache_bytes: usize,
+}
+
+/// A cache in a folder; dropped, the writer ends after what waits.
+pub struct DiskCache {
+    shared: Arc<Shared>,
+    writer: Mutex<Option<std::thread::JoinHandle<()>>>,
+}
+
+impl Options {
+    /// Takes the usual bounds.
+    pub fn new(bytes_max: u64, store_dir: StoreDir, keys: Vec<PublicKey>) -> Self {
+        Self {
+            bytes_max,
+            store_dir,
+            keys,
+            priority: 30,
+            want_mass_query: true,
+            look_ups_max: 1_000_000,
+            queue_max: 8192,
+            retry_after: Duration::from_secs(30),
+            free_bytes_min: 64 << 20,
+            index_cache_bytes: 64 << 20,
+        }
+    }
+}
+
+impl DiskCache {
+    /// Opens the cache in a folder, which is made if it is not there.
+    ///
+    /// It always succeeds: [`Stats::degraded`] says what is wrong with the folder, and so does the log,
+    /// once. It takes milliseconds, whatever the number of entries.
+    pub fn open(dir: impl Into<PathBuf>, options: Options) -> Self {
+        let shared = Arc::new(Shared::new(Folder::new(dir.into()), options));
+        let writer = Writer::open(Arc::clone(&shared));
+        let started = std::thread::Builder::new()
+            .name("cache-writer".to_owned())
+            .spawn(move || writer.run());
+        let writer = match started {
+            Ok(handle) => Some(handle),
+            Err(error) => {
+                shared.queue.stop();
+                shared.degrade(format!("no thread for the writer: {error}"));
+                None
+            }
+        };
+        Self {
+            shared,
+            writer: Mutex::new(writer),
+        }
+    }
+
+    /// Returns when everything that waits is written and room is made.
+    ///
+    /// Dropped, the work goes on.
+    pub async fn flush(&self) {
+        let (reply, done) = oneshot::channel();
+        if self.shared.queue.push(Task::Flush(reply)) {
+            // The writer ended: nothing waits.
+            _ = done.await;
+        }
+    }
+
+    /// Tells whether every narinfo of the folder is in the index.
+    pub fn is_reconciled(&self) -> bool {
+        self.shared.reconciled.load(Ordering::Acquire)
+    }
+}
+
+#[async_trait]
+impl Backend for DiskCache {
+    fn look_up(&self, hash: StorePathHash) -> Option<Record> {
+        self.shared.known(hash)
+    }
+
+    fn remember(&self, record: Record) {
+        if self.shared.index().is_some() {
+            self.shared.queue.push(Task::Remember(Box::new(record)));
+        }
+    }
+
+    fn forget(&self, hash: StorePathHash) {
+        self.shared.queue.push(Task::Forget(hash));
+    }
+
+    fn touch(&self, hash: StorePathHash) {
+        self.shared.queue.touch(hash, self.shared.tick());
+    }
+
+    fn begin(&self, nar_size: u64) -> Result<Fill, Error> {
+        let shared = &self.shared;
+        if shared.queue.is_stopped() {
+            return Err(Error::Stopping);
+        }
+        if let Some(cause) = shared.degraded() {
+            if shared.retry_is_due(Instant::now()) {
+                shared.queue.wake();
+            }
+            return Err(Error::Degraded(cause));
+        }
+        let (size_bytes, bytes_max) = (nar_size / COMPRESSION_EXPECTED, shared.options.bytes_max);
+        if size_bytes > bytes_max {
+            return Err(Error::TooLarge {
+                size_bytes,
+                bytes_max,
+            });
+        }
+        if let Some(cause) = shared.out_of_space() {
+            shared.degrade(cause.clone());
+            return Err(Error::Degraded(cause));
+        }
+        let reservation = shared.reserve(size_bytes)?;
+        let made = shared.folder.create_temp("nar");
+        let (temp, file) = made.map_err(|source| {
+            let what = format!("making a file in {}", shared.folder.root().display());
+            shared.note_failure(&what, &source);
+            Error::Io { what, source }
+        })?;
+        let file = Arc::new(file);
+        let place = OnDisk {
+            shared: Arc::clone(shared),
+            temp,
+            file: Arc::clone(&file),
+            reservation,
+        };
+        Ok(Fill::new(file, Box::new(place)))
+    }
+
+    fn open(&self, name: &NarName) -> Result<Option<OpenNar>, Error> {
+        let known = self.shared.known(name.path_hash);
+        let known = known.filter(|record| record.name() == Some(*name));
+        let Some(expected) = known.and_then(|record| record.file) else {
+            return Ok(None);
+        };
+        let cause = match self.shared.folder.open_nar(name) {
+            Ok((file, size_bytes)) if size_bytes == expected.size_bytes => {
+                let file = Arc::new(file);
+                return Ok(Some(OpenNar { file, size_bytes }));
+            }
+            Ok((_, size)) => format!("it has {size} of {} bytes", expected.size_bytes),
+            Err(error) if is_of_the_file(&error) => error.to_string(),
+            Err(source) => {
+                let what = format!("opening {}", self.shared.folder.nar(name).display());
+                return Err(Error::Io { what, source });
+            }
+        };
+        self.corrupt(name, &cause);
+        Ok(None)
+    }
+
+    fn corrupt(&self, name: &NarName, cause: &str) {
+        let task = Task::Corrupt(*name, cause.to_owned());
+        self.shared.queue.push(task);
+    }
+
+    fn stats(&self) -> Stats {
+        self.shared.stats()
+    }
+
+    async fn stop(&self) {
+        self.shared.queue.stop();
+        let writer = self.writer.lock();
+        let writer = writer.unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(writer) = writer {
+            let ended = tokio::task::spawn_blocking(move || writer.join());
+            if !matches!(ended.await, Ok(Ok(()))) {
+                warn!("the writer of the cache ended by a panic");
+            }
+        }
+    }
+}
+
+impl Drop for DiskCache {
+    fn drop(&mut self) {
+        self.shared.queue.stop();
+    }
+}
+
+impl Shared {
+    /// Says so when the file system has no room to spare.
+    fn out_of_space(&self) -> Option<String> {
+        let dir = self.folder.root().display();
+        match self.folder.free_bytes() {
+            Ok(free) if free >= self.options.free_bytes_min => None,
+            Ok(free) => Some(format!(
+                "the file system of {dir} has only {free} bytes left"
+            )),
+            Err(error) => Some(format!("{dir}: {error}")),
+        }
+    }
+}
+
+/// Tells an error of this entry from one that may pass, such as too many open files.
+fn is_of_the_file(error: &io::Error) -> bool {
+    use io::ErrorKind::{InvalidData, NotFound};
+    let kinds = [NotFound, InvalidData];
+    let hardware = rustix::io::Errno::from_io_error(error) == Some(rustix::io::Errno::IO);
+    kinds.contains(&error.kind()) || hardware
+}
+
+/// What zstd makes of NARs, roughly; reservations grow where it is less.
+const COMPRESSION_EXPECTED: u64 = 4;

@@ -1,0 +1,180 @@
+//! What the writer has to do: a bounded list that it takes as a whole, so that work of one moment
+//! shares one sync.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+
+use super::super::backend::{Error, NarFile, Record};
+use super::super::nar_name::NarName;
+use super::folder::Temp;
+use super::shared::Reservation;
+use crate::nix::store_path::StorePathHash;
+
+/// Something to do for the writer, the only one that changes the folder and the index.
+pub enum Task {
+    /// Make an entry.
+    Commit(Box<Commit>),
+    /// Keep a look-up.
+    Remember(Box<Record>),
+    /// Remove a path.
+    Forget(StorePathHash),
+    /// Remove an entry that was found wrong.
+    Corrupt(NarName, String),
+    /// Take a narinfo of the folder into the index, if it checks.
+    TakeIn(StorePathHash),
+    /// Remove a NAR of the folder, if nothing names it.
+    Orphan(NarName),
+    /// Take a path out of the index, if its NAR is not there.
+    Gone(StorePathHash),
+    /// Write everything that waits, then answer.
+    Flush(oneshot::Sender<()>),
+}
+
+/// A whole NAR that is to become an entry.
+pub struct Commit {
+    /// The NAR.
+    pub temp: Temp,
+    /// Whether its bytes are on disk already.
+    pub synced: bool,
+    /// What is known of it; the file is there.
+    pub record: Record,
+    /// The narinfo, with its grounds.
+    pub narinfo: String,
+    /// Its share of the bytes, until it is listed.
+    pub reservation: Reservation,
+    /// Who waits.
+    pub reply: oneshot::Sender<Result<NarFile, Error>>,
+}
+
+/// The list of tasks, and the uses that are yet to be noted.
+pub struct Queue {
+    // No other lock is taken under it.
+    waiting: Mutex<Waiting>,
+    changed: Condvar,
+    droppable_max: usize,
+}
+
+#[derive(Default)]
+struct Waiting {
+    tasks: VecDeque<Task>,
+    /// Look-ups among them: dropped when there are too many.
+    droppable: usize,
+    touches: HashMap<StorePathHash, u64>,
+    woken: bool,
+    stopped: bool,
+}
+
+/// What the writer takes at one go.
+pub struct Batch {
+    /// In the order of their coming.
+    pub tasks: VecDeque<Task>,
+    /// Last uses by path.
+    pub touches: HashMap<StorePathHash, u64>,
+    /// Nothing comes after it.
+    pub stopped: bool,
+}
+
+impl Queue {
+    /// Makes an empty list for so many look-ups and uses; other tasks are bounded by who sends them.
+    pub fn new(droppable_max: usize) -> Self {
+        Self {
+            waiting: Mutex::default(),
+            changed: Condvar::new(),
+            droppable_max,
+        }
+    }
+
+    /// Adds a task; `false`, and it is dropped, when the writer stops or has too many look-ups.
+    pub fn push(&self, task: Task) -> bool {
+        let mut waiting = self.lock();
+        if matches!(task, Task::Remember(_)) {
+            if waiting.droppable >= self.droppable_max {
+                return false;
+            }
+            waiting.droppable += 1;
+        }
+        if waiting.stopped {
+            return false;
+        }
+        waiting.tasks.push_back(task);
+        self.changed.notify_all();
+        true
+    }
+
+    /// Adds a task of the background pass once there is room; `false` when the writer stops.
+    pub fn push_patiently(&self, task: Task) -> bool {
+        let mut waiting = self.lock();
+        while waiting.tasks.len() >= PATIENT_MAX && !waiting.stopped {
+            let waited = self.changed.wait(waiting);
+            waiting = waited.unwrap_or_else(PoisonError::into_inner);
+        }
+        drop(waiting);
+        self.push(task)
+    }
+
+    /// Notes a use.
+    pub fn touch(&self, hash: StorePathHash, used: u64) {
+        let mut waiting = self.lock();
+        if waiting.touches.len() < self.droppable_max || waiting.touches.contains_key(&hash) {
+            waiting.touches.insert(hash, used);
+        }
+    }
+
+    /// Has the writer look for room or at a degraded folder now.
+    pub fn wake(&self) {
+        self.lock().woken = true;
+        self.changed.notify_all();
+    }
+
+    /// Lets the writer end after what is listed.
+    pub fn stop(&self) {
+        self.lock().stopped = true;
+        self.changed.notify_all();
+    }
+
+    /// Tells whether the writer was told to end.
+    pub fn is_stopped(&self) -> bool {
+        self.lock().stopped
+    }
+
+    /// Takes everything as soon as there is a task, or after `idle_max`.
+    ///
+    /// Look-ups alone are left to gather for a moment.
+    pub fn take(&self, idle_max: Duration) -> Batch {
+        let nothing =
+            |waiting: &mut Waiting| waiting.tasks.is_empty() && !waiting.woken && !waiting.stopped;
+        let waited = self
+            .changed
+            .wait_timeout_while(self.lock(), idle_max, nothing);
+        let (waiting, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        let idle = |waiting: &mut Waiting| {
+            let urgent = waiting.tasks.len() > waiting.droppable;
+            let full = waiting.droppable * 2 > self.droppable_max;
+            !(urgent || full || waiting.woken || waiting.stopped)
+        };
+        let waited = self.changed.wait_timeout_while(waiting, GATHER, idle);
+        let (mut waiting, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        waiting.woken = false;
+        waiting.droppable = 0;
+        let batch = Batch {
+            tasks: std::mem::take(&mut waiting.tasks),
+            touches: std::mem::take(&mut waiting.touches),
+            stopped: waiting.stopped,
+        };
+        drop(waiting);
+        self.changed.notify_all();
+        batch
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// How long look-ups wait for more of their kind: each write of the index costs a sync.
+const GATHER: Duration = Duration::from_millis(200);
+/// Tasks that may wait before the background pass does.
+const PATIENT_MAX: usize = 256;

@@ -1,0 +1,175 @@
+//! The background pass after start: what is in the folder and not in the index, and the reverse.
+//!
+//! It reads and asks; the writer looks again and changes. It rests as long as it works, so a large
+//! cache is gone through in minutes, at half a processor's idle priority.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use tracing::{debug, warn};
+
+use super::super::nar_name::NarName;
+use super::folder::narinfo_hash;
+use super::index::IndexError;
+use super::queue::Task;
+use super::shared::Shared;
+
+/// Begins the pass in a thread of its own, which ends with the cache.
+pub fn start(shared: &Arc<Shared>) {
+    let pass = Pass {
+        shared: Arc::clone(shared),
+        since: Instant::now(),
+        looked_at: 0,
+        foreign: 0,
+    };
+    let started = std::thread::Builder::new()
+        .name("cache-reconcile".to_owned())
+        .spawn(move || pass.run());
+    if let Err(error) = started {
+        warn!(%error, "the cache is not reconciled: no thread");
+    }
+}
+
+struct Pass {
+    shared: Arc<Shared>,
+    since: Instant,
+    looked_at: u32,
+    foreign: u64,
+}
+
+/// The pass ends early, because the cache stops or something failed.
+enum End {
+    Stopped,
+    Folder(io::Error),
+    Index(IndexError),
+}
+
+impl Pass {
+    fn run(mut self) {
+        // Others first; where that is not allowed, resting is enough.
+        _ = rustix::process::setpriority_process(None, 10);
+        let begun = Instant::now();
+        let done = self
+            .narinfos()
+            .and_then(|()| self.nars())
+            .and_then(|()| self.rows());
+        let dir = self.shared.folder.root().display();
+        match done {
+            Ok(()) => {
+                let (elapsed, foreign) = (begun.elapsed(), self.foreign);
+                debug!(%dir, ?elapsed, foreign, "cache reconciled");
+            }
+            Err(End::Stopped) => {}
+            Err(End::Folder(error)) => warn!(%dir, %error, "the cache is not reconciled"),
+            Err(End::Index(error)) => self.shared.index_failed(&error),
+        }
+    }
+
+    /// Narinfos that are not in the index are taken in.
+    fn narinfos(&mut self) -> Result<(), End> {
+        for name in names(self.shared.folder.root())? {
+            let Some(hash) = narinfo_hash(&name?) else {
+                continue;
+            };
+            if self.index()?.get(hash)?.is_none_or(|r| r.file.is_none()) {
+                self.ask(Task::TakeIn(hash))?;
+            }
+            self.rest()?;
+        }
+        // Behind the last one: from now on the index alone is asked.
+        let (reply, done) = tokio::sync::oneshot::channel();
+        self.ask(Task::Flush(reply))?;
+        done.blocking_recv().map_err(|_| End::Stopped)?;
+        self.shared.reconciled.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// NARs that no narinfo and no row names go.
+    fn nars(&mut self) -> Result<(), End> {
+        for file in names(&self.shared.folder.nars())? {
+            let Some(name) = NarName::parse(&file?) else {
+                self.foreign += 1;
+                continue;
+            };
+            let known = self.index()?.get(name.path_hash)?;
+            if known.and_then(|record| record.name()) != Some(name) {
+                self.ask(Task::Orphan(name))?;
+            }
+            self.rest()?;
+        }
+        Ok(())
+    }
+
+    /// Rows whose NAR is not there go.
+    fn rows(&mut self) -> Result<(), End> {
+        let mut after = None;
+        loop {
+            let page = self.index()?.page(after, PAGE_ROWS)?;
+            let Some((last, _)) = page.last() else {
+                return Ok(());
+            };
+            after = Some(*last);
+            for (hash, _) in page.iter().filter(|(_, size)| *size > 0) {
+                let record = self.index()?.get(*hash)?;
+                let found = record.and_then(|record| {
+                    let path = self.shared.folder.nar(&record.name()?);
+                    let found = fs::symlink_metadata(path).ok();
+                    Some(found.is_some_and(|f| {
+                        f.is_file() && Some(f.len()) == record.file.map(|f| f.size_bytes)
+                    }))
+                });
+                if found == Some(false) {
+                    self.ask(Task::Gone(*hash))?;
+                }
+                self.rest()?;
+            }
+        }
+    }
+
+    fn index(&self) -> Result<Arc<super::index::Index>, End> {
+        self.shared.index().ok_or(End::Stopped)
+    }
+
+    fn ask(&self, task: Task) -> Result<(), End> {
+        match self.shared.queue.push_patiently(task) {
+            true => Ok(()),
+            false => Err(End::Stopped),
+        }
+    }
+
+    /// Sleeps now and then for as long as it worked.
+    fn rest(&mut self) -> Result<(), End> {
+        self.looked_at += 1;
+        if !self.looked_at.is_multiple_of(REST_EVERY) {
+            return Ok(());
+        }
+        std::thread::sleep(self.since.elapsed());
+        self.since = Instant::now();
+        match self.shared.queue.is_stopped() {
+            true => Err(End::Stopped),
+            false => Ok(()),
+        }
+    }
+}
+
+impl From<IndexError> for End {
+    fn from(error: IndexError) -> Self {
+        Self::Index(error)
+    }
+}
+
+/// The names in a folder that are texts; ours are.
+fn names(path: &Path) -> Result<impl Iterator<Item = Result<String, End>> + use<>, End> {
+    let entries = fs::read_dir(path).map_err(End::Folder)?;
+    Ok(entries.filter_map(|entry| match entry {
+        Ok(entry) => entry.file_name().into_string().ok().map(Ok),
+        Err(error) => Some(Err(End::Folder(error))),
+    }))
+}
+
+const REST_EVERY: u32 = 256;
+const PAGE_ROWS: usize = 1024;

@@ -1,0 +1,448 @@
+//! The thread that alone changes the folder and the index.
+//!
+//! It takes all that waits at one go, so that what comes while it syncs shares the next sync. It also
+//! makes room, and tries a degraded folder again after a pause.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+use tracing::{debug, warn};
+
+use super::super::backend::Record;
+use super::super::nar_name::NarName;
+use super::folder::{self, FolderError, Lock};
+use super::index::{Index, IndexError};
+use super::queue::{Batch, Commit, Task};
+use super::shared::Shared;
+use super::text::TextError;
+use super::{commit, removal};
+use crate::nix::store_path::StorePathHash;
+
+/// What the writer alone has.
+pub struct Writer {
+    shared: Arc<Shared>,
+    lock: Option<Lock>,
+    /// Uses that are yet to be written.
+    touches: HashMap<StorePathHash, u64>,
+    touched_at: Instant,
+    checked_at: Instant,
+}
+
+/// The kinds of tasks of one batch, apart.
+#[derive(Default)]
+struct Sorted {
+    commits: Vec<Commit>,
+    remembered: Vec<Record>,
+    others: Vec<Task>,
+    flushes: Vec<oneshot::Sender<()>>,
+}
+
+impl Writer {
+    /// Looks at the folder for the first time: takes the lock, opens the index.
+    pub fn open(shared: Arc<Shared>) -> Self {
+        let now = Instant::now();
+        let mut writer = Self {
+            shared,
+            lock: None,
+            touches: HashMap::new(),
+            touched_at: now,
+            checked_at: now,
+        };
+        writer.try_to_open();
+        writer
+    }
+
+    /// Works until it is told to stop; then nothing waits any more and the lock is free.
+    pub fn run(mut self) {
+        loop {
+            let Batch {
+                tasks,
+                touches,
+                stopped,
+            } = self.shared.queue.take(CHECK_EVERY);
+            self.touches.extend(touches);
+            self.look_after();
+            self.work(tasks);
+            if stopped || self.touched_at.elapsed() >= TOUCHES_EVERY {
+                self.write_touches();
+            }
+            self.make_room();
+            if stopped {
+                break;
+            }
+        }
+        self.shared.readable.store(false, Ordering::Release);
+        self.shared.set_index(None);
+    }
+
+    fn work(&mut self, mut tasks: VecDeque<Task>) {
+        let mut flushes = Vec::new();
+        while !tasks.is_empty() {
+            let mut sorted = Sorted::default();
+            sorted.take(&mut tasks);
+            let index = self.shared.index();
+            let index = index.as_deref();
+            self.remember(index, sorted.remembered);
+            if !sorted.commits.is_empty() {
+                commit::commit(&self.shared, index, sorted.commits);
+            }
+            for task in sorted.others {
+                self.one(task);
+            }
+            flushes.extend(sorted.flushes);
+        }
+        if !flushes.is_empty() {
+            self.write_touches();
+            self.make_room();
+        }
+        for flush in flushes {
+            _ = flush.send(());
+        }
+    }
+
+    fn one(&self, task: Task) {
+        match task {
+            Task::Forget(hash) => self.remove(hash),
+            Task::Corrupt(name, cause) => self.corrupt(&name, &cause),
+            Task::TakeIn(hash) => self.take_in(hash),
+            Task::Orphan(name) => self.orphan(&name),
+            Task::Gone(hash) => self.gone(hash),
+            // Sorted out before.
+            Task::Commit(_) | Task::Remember(_) | Task::Flush(_) => {}
+        }
+    }
+
+    /// Keeps look-ups, and no more than are wanted.
+    fn remember(&self, index: Option<&Index>, records: Vec<Record>) {
+        let (Some(index), false) = (index, records.is_empty()) else {
+            return;
+        };
+        let look_ups_max = self.shared.options.look_ups_max;
+        self.change(index, |changes| {
+            for mut record in records {
+                record.file = None;
+                let hash = record.info.path.hash();
+                let mut used = None;
+                if let Some(mut known) = changes.get(hash)? {
+                    if known.info.nar_hash == record.info.nar_hash {
+                        known.join(record);
+                        record = known;
+                        // A NAR is used when somebody fetches it.
+                        used = changes.last_use(hash)?.filter(|_| record.file.is_some());
+                    } else if known.file.is_some() {
+                        continue;
+                    }
+                }
+                changes.put(&record, used.unwrap_or_else(|| self.shared.tick()))?;
+            }
+            while changes.totals().look_ups > look_ups_max {
+                let Some(hash) = changes.oldest_look_up()? else {
+                    break;
+                };
+                changes.remove(hash)?;
+            }
+            Ok(())
+        });
+    }
+
+    fn write_touches(&mut self) {
+        self.touched_at = Instant::now();
+        let touches = std::mem::take(&mut self.touches);
+        let Some(index) = self.shared.index().filter(|_| !touches.is_empty()) else {
+            return;
+        };
+        self.change(&index, |changes| {
+            for (hash, used) in touches {
+                changes.touch(hash, used)?;
+            }
+            Ok(())
+        });
+    }
+
+    /// Removes the least recently used entries until all fits, at most some hundred at one go.
+    fn make_room(&mut self) {
+        while self.shared.bytes_over() > 0 {
+            // What was just used must not go first.
+            self.write_touches();
+            let Some(index) = self.shared.index() else {
+                return;
+            };
+            let over = self.shared.bytes_over();
+            let bytes = self.shared.stats().bytes;
+            let target = bytes.saturating_sub(over);
+            match removal::take_oldest(&index, target, EVICTED_MAX) {
+                Ok((names, totals)) => {
+                    self.shared.set_totals(totals);
+                    if names.is_empty() {
+                        return;
+                    }
+                    removal::remove_files(&self.shared.folder, &names);
+                    let evictions = &self.shared.counts.evictions;
+                    evictions.fetch_add(names.len() as u64, Ordering::Relaxed);
+                    debug!(count = names.len(), "evicted from the cache");
+                }
+                Err(error) => return self.shared.index_failed(&error),
+            }
+        }
+    }
+
+    fn remove(&self, hash: StorePathHash) {
+        let name = self.shared.known(hash).and_then(|record| record.name());
+        self.unlist(hash);
+        if let Some(name) = name {
+            removal::remove_files(&self.shared.folder, &[name]);
+        }
+    }
+
+    fn corrupt(&self, name: &NarName, cause: &str) {
+        let known = self.shared.known(name.path_hash);
+        if known.and_then(|record| record.name()) != Some(*name) {
+            return;
+        }
+        let file = self.shared.folder.nar(name);
+        warn!(file = %file.display(), cause, "a cached nar is corrupt, the entry is removed");
+        self.shared.counts.corrupt.fetch_add(1, Ordering::Relaxed);
+        // The narinfo first: a process that dies in between must not take the entry in again.
+        if removal::narinfo_names(&self.shared.folder, name) {
+            _ = folder::remove(&self.shared.folder.narinfo(name.path_hash));
+        }
+        self.unlist(name.path_hash);
+        removal::remove_files(&self.shared.folder, &[*name]);
+    }
+
+    fn take_in(&self, hash: StorePathHash) {
+        let Some(index) = self.shared.index() else {
+            return;
+        };
+        if index
+            .get(hash)
+            .is_ok_and(|known| known.is_some_and(|record| record.file.is_some()))
+        {
+            return;
+        }
+        let path = self.shared.folder.narinfo(hash);
+        let text = match self.shared.folder.read_narinfo(hash) {
+            Ok(Some(text)) => text,
+            Ok(None) => return,
+            Err(error) => {
+                debug!(file = %path.display(), %error, "a foreign file is left alone");
+                return;
+            }
+        };
+        match self.shared.check(hash, &text) {
+            Ok(record) => {
+                let used = self.modified(&record);
+                self.change(&index, |changes| changes.put(&record, used));
+            }
+            Err(TextError::Foreign(url)) => {
+                debug!(file = %path.display(), url, "a foreign narinfo is left alone");
+            }
+            Err(error) => {
+                warn!(file = %path.display(), %error, "a narinfo in the cache is removed");
+                _ = folder::remove(&path);
+            }
+        }
+    }
+
+    /// The time at which an entry of the folder was made stands for its last use.
+    fn modified(&self, record: &Record) -> u64 {
+        let name = record.name();
+        let found = name.and_then(|name| self.shared.folder.nar(&name).metadata().ok());
+        let modified = found.and_then(|found| found.modified().ok());
+        let since = modified.and_then(|at| at.duration_since(std::time::UNIX_EPOCH).ok());
+        let micros = since.and_then(|since| u64::try_from(since.as_micros()).ok());
+        micros.unwrap_or_default()
+    }
+
+    fn orphan(&self, name: &NarName) {
+        let listed = match self.shared.index().map(|index| index.get(name.path_hash)) {
+            Some(Ok(record)) => record.and_then(|record| record.name()) == Some(*name),
+            _ => return,
+        };
+        if !listed && !removal::narinfo_names(&self.shared.folder, name) {
+            let file = self.shared.folder.nar(name);
+            debug!(file = %file.display(), "a nar without narinfo is removed");
+            _ = folder::remove(&file);
+        }
+    }
+
+    fn gone(&self, hash: StorePathHash) {
+        let Some(Ok(Some(record))) = self.shared.index().map(|index| index.get(hash)) else {
+            return;
+        };
+        let Some((name, file)) = record.name().zip(record.file) else {
+            return;
+        };
+        let cause = match self.shared.folder.open_nar(&name) {
+            Ok((_, size)) if size == file.size_bytes => return,
+            Ok((_, size)) => format!("it has {size} of {} bytes", file.size_bytes),
+            Err(error) => error.to_string(),
+        };
+        self.corrupt(&name, &cause);
+    }
+
+    fn unlist(&self, hash: StorePathHash) {
+        if let Some(index) = self.shared.index() {
+            self.change(&index, |changes| changes.remove(hash));
+        }
+    }
+
+    fn change(
+        &self,
+        index: &Index,
+        change: impl FnOnce(&mut super::index::Changes<'_>) -> Result<(), IndexError>,
+    ) {
+        let changed = index.write(|changes| {
+            change(changes)?;
+            Ok(changes.totals())
+        });
+        match changed {
+            Ok(totals) => self.shared.set_totals(totals),
+            Err(error) => self.shared.index_failed(&error),
+        }
+    }
+
+    /// Sees whether the folder is still there, and tries a degraded one again when it is time.
+    fn look_after(&mut self) {
+        let now = Instant::now();
+        if now.duration_since(self.checked_at) >= CHECK_EVERY {
+            self.checked_at = now;
+            let lost = |lock: &Lock| !self.shared.folder.still_has(lock);
+            if self.lock.as_ref().is_some_and(lost) {
+                self.lock = None;
+                self.shared.readable.store(false, Ordering::Release);
+                self.shared.set_index(None);
+                self.shared.set_totals(super::index::Totals::default());
+                warn!(dir = %self.shared.folder.root().display(), "the cache was deleted, it begins anew");
+                self.try_to_open();
+            }
+        }
+        if self.shared.retry_is_due(now) {
+            self.try_to_open();
+        }
+    }
+
+    /// Does what is missing for writing: folders, lock, index, room; notes what cannot be done.
+    fn try_to_open(&mut self) {
+        match self.open_folder() {
+            Ok(()) => {}
+            Err(error) => {
+                // Nobody else writes there, so what is there can be read.
+                let shared = &self.shared;
+                let readable = matches!(error, FolderError::Io { .. })
+                    && shared.folder.check_store(&shared.cache_info()).is_ok()
+                    && !shared.folder.is_in_use();
+                if self.lock.is_none() {
+                    shared.readable.store(readable, Ordering::Release);
+                }
+                return shared.degrade(error.to_string());
+            }
+        }
+        self.shared.readable.store(true, Ordering::Release);
+        if let Some(cause) = self.shared.out_of_space() {
+            return self.shared.degrade(cause);
+        }
+        if self.shared.index().is_none() {
+            match self.open_index() {
+                Ok(index) => {
+                    self.shared.reconciled.store(false, Ordering::Release);
+                    self.shared.set_index(Some(index));
+                    super::reconcile::start(&self.shared);
+                }
+                Err(error) => {
+                    let path = self.shared.folder.index();
+                    return self.shared.degrade(format!("{}: {error}", path.display()));
+                }
+            }
+        }
+        self.shared.recover();
+    }
+
+    fn open_folder(&mut self) -> Result<(), FolderError> {
+        let folder = &self.shared.folder;
+        folder.make(&self.shared.cache_info())?;
+        if self.lock.is_none() {
+            let lock = folder.lock()?;
+            let cleaned = folder.clean_temp();
+            cleaned.map_err(|source| FolderError::Io {
+                path: folder.root().to_owned(),
+                source,
+            })?;
+            self.lock = Some(lock);
+        }
+        // Making a file is the proof that files can be made.
+        let probed = folder.create_temp("probe");
+        probed.map(drop).map_err(|source| FolderError::Io {
+            path: folder.root().to_owned(),
+            source,
+        })
+    }
+
+    fn open_index(&self) -> Result<Index, IndexError> {
+        let (path, options) = (self.shared.folder.index(), &self.shared.options);
+        let open = || Index::open(&path, options.index_cache_bytes, options.store_dir.clone());
+        let opened = open().and_then(|index| Ok((index.last_use()?, index)));
+        let (last_use, index) = match opened {
+            Ok(opened) => opened,
+            Err(error) if is_of_the_disk(&error) => return Err(error),
+            Err(error) => {
+                warn!(file = %path.display(), %error, "the index is damaged, it is made anew from the folder");
+                _ = folder::remove(&path);
+                (0, open()?)
+            }
+        };
+        self.shared.advance_clock(last_use);
+        Ok(index)
+    }
+}
+
+impl Sorted {
+    /// Takes what can be done together; a path that comes again waits for the next round.
+    fn take(&mut self, tasks: &mut VecDeque<Task>) {
+        let mut paths = HashSet::new();
+        while let Some(task) = tasks.pop_front() {
+            match task {
+                Task::Commit(commit) => {
+                    if !paths.insert(commit.record.info.path.hash())
+                        || self.commits.len() == COMMITS_MAX
+                    {
+                        tasks.push_front(Task::Commit(commit));
+                        return;
+                    }
+                    self.commits.push(*commit);
+                }
+                Task::Remember(record) => self.remembered.push(*record),
+                Task::Flush(reply) => self.flushes.push(reply),
+                // After the commits that came before it, and before those that come after it.
+                other => {
+                    self.others.push(other);
+                    if matches!(tasks.front(), Some(Task::Commit(_) | Task::Remember(_))) {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Tells a failing disk from a damaged file.
+fn is_of_the_disk(error: &IndexError) -> bool {
+    match error {
+        IndexError::Database(redb::Error::Io(error)) => super::shared::concerns_all(error),
+        IndexError::Database(redb::Error::DatabaseAlreadyOpen) => true,
+        _ => false,
+    }
+}
+
+/// Uses of this long are lost by kill -9.
+const TOUCHES_EVERY: Duration = Duration::from_secs(2);
+/// How soon it is seen that the folder was deleted.
+const CHECK_EVERY: Duration = Duration::from_secs(2);
+/// Bounds the time until commits have their turn.
+const EVICTED_MAX: usize = 256;
+/// Bounds open files.
+const COMMITS_MAX: usize = 256;
