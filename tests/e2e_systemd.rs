@@ -240,10 +240,6 @@ fn the_timer_of_a_builder_signs_its_store_inside_its_sandbox() {
         .ok();
     let next = systemd.property("muster-sign-all.timer", "NextElapseUSecRealtime");
     assert!(!next.is_empty() && next != "0", "{next:?}");
-    if systemd.run("muster sign-all --help").rc != 0 {
-        eprintln!("not run, because this muster has no sign-all yet");
-        return;
-    }
     let verify = format!(
         "nix store verify --no-contents --sigs-needed 1 --option trusted-public-keys '{key}' {}",
         path.trim()
