@@ -15,6 +15,8 @@ rustPlatform.buildRustPackage {
       ../Cargo.lock
       ../benches
       ../src
+      # What the unit tests read.
+      ../tests/vectors
     ];
   };
   cargoLock.lockFile = ../Cargo.lock;

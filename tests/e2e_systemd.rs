@@ -243,6 +243,40 @@ fn the_account_of_a_builder_is_let_to_what_muster_asks_and_no_further() {
     assert!(!write.out.contains("nix-store"), "{write}");
 }
 
+#[test]
+fn the_timer_of_a_builder_signs_its_store_inside_its_sandbox() {
+    let lab = Lab::new();
+    let builder = lab.machine("builder", rig::Nix::Debian12);
+    let systemd = Systemd::boot(&builder);
+    systemd.run("systemctl start nix-daemon").ok();
+    let path = systemd
+        .run("echo built >/run/built && nix-store --add-fixed --recursive sha256 /run/built >/dev/null; \
+              nix-build --no-out-link /lab/workload.nix -A tiny")
+        .ok()
+        .out;
+    let key = signing_key(&systemd, "/etc/muster/credentials/secret-key");
+    systemd.run("cp /lab/bin/muster /usr/bin/muster").ok();
+    for kind in ["service", "timer"] {
+        let name = format!("muster-sign-all.{kind}");
+        let unit = fs::read_to_string(project("debian").join(&name)).expect("read a unit");
+        systemd.write(&format!("/etc/systemd/system/{name}"), 0o644, &unit);
+    }
+    systemd
+        .run("systemctl daemon-reload && systemctl start muster-sign-all.timer")
+        .ok();
+    let next = systemd.property("muster-sign-all.timer", "NextElapseUSecRealtime");
+    assert!(!next.is_empty() && next != "0", "{next:?}");
+    let verify = format!(
+        "nix store verify --no-contents --sigs-needed 1 --option trusted-public-keys '{key}' {}",
+        path.trim()
+    );
+    systemd.run(&verify).failed();
+    let signed = systemd.run("systemctl start muster-sign-all.service");
+    let journal = systemd.journal("muster-sign-all.service");
+    assert!(signed.rc == 0, "{signed}\n{journal}");
+    systemd.run(&verify).ok();
+}
+
 /// Builds the .deb with this revision; its path as the machines see it.
 fn build_deb(lab: &Lab, revision: &str) -> String {
     let share = lab.share();
