@@ -273,6 +273,7 @@ mod tests {
     fn environment(dir: &Path) -> Environment {
         Environment {
             state_dir: Some(dir.join("a/state")),
+            cache_dir: None,
             credentials_dir: Some(dir.join("credentials")),
             daemon_socket: dir.join("socket"),
             log_dir: dir.join("log"),
