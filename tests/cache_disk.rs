@@ -320,8 +320,8 @@ async fn files_of_others_are_left_alone_and_wrong_ones_go() {
     let whole = fs::read(narinfo(3)).unwrap();
     let reopened = DiskCache::open(&dir, options(1 << 20));
     settle(&reopened).await;
-    for number in 3..6 {
-        reopened.forget(names[number].path_hash);
+    for name in &names[3..] {
+        reopened.forget(name.path_hash);
     }
     reopened.stop().await;
     // A narinfo whose NAR is gone, one that is garbage, and a NAR without narinfo.

@@ -383,7 +383,7 @@ mod tests {
             changes.put(&record(3, None), 7)?;
             changes.put(&record(1, Some(10)), 8)?;
             changes.touch(StorePathHash([9; 20]), 99)?;
-            Ok(changes.oldest_nar()?)
+            changes.oldest_nar()
         });
         assert_eq!(written.unwrap(), Some(StorePathHash([2; 20])));
         drop(index);
