@@ -97,6 +97,51 @@ async fn a_full_disk_degrades_and_room_heals() {
 }
 
 #[tokio::test]
+async fn an_index_that_cannot_be_written_is_done_without_and_comes_back() {
+    let disk = Disk::new("8m");
+    let dir = disk.0.path().join("cache");
+    let bounds = || muster::cache::disk::Options {
+        free_bytes_min: 0,
+        ..options(1 << 30)
+    };
+    let cache = DiskCache::open(&dir, bounds());
+    let (info, nar) = path(0, 5000);
+    fill(&cache, &info, &nar).await.unwrap();
+    let others = disk.0.path().join("others");
+    let mut file = fs::File::create(&others).unwrap();
+    // Until the last byte, so that only the index has anything to write.
+    while std::io::Write::write_all(&mut file, &[0; 4096]).is_ok() {}
+    drop(file);
+    for number in 1..5000 {
+        cache.remember(look_up(&path(number, 10).0));
+        if number % 500 == 0 {
+            cache.flush().await;
+        }
+    }
+    wait("degraded state", || cache.stats().degraded.is_some()).await;
+    let cause = cache.stats().degraded.unwrap();
+    assert!(cause.contains("index.redb"), "{cause}");
+    let record = cache.look_up(info.path.hash()).unwrap();
+    assert_eq!(read(&cache, &record), Some(nar.clone()), "reads go on");
+
+    fs::remove_file(&others).unwrap();
+    wait("recovery", || {
+        _ = cache.begin(1);
+        cache.stats().degraded.is_none()
+    })
+    .await;
+    settle(&cache).await;
+    let stats = cache.stats();
+    assert_eq!(stats.entries, 1, "{stats:?}");
+    let (late, late_nar) = path(9000, 5000);
+    fill(&cache, &late, &late_nar).await.unwrap();
+    let record = cache.look_up(info.path.hash()).unwrap();
+    assert_eq!(read(&cache, &record), Some(nar));
+    cache.stop().await;
+    folder_is_whole(&dir);
+}
+
+#[tokio::test]
 async fn a_read_only_folder_is_read() {
     let disk = Disk::new("16m");
     let dir = disk.0.path().join("cache");

@@ -274,6 +274,7 @@ mod tests {
         Environment {
             cache_dir: None,
             state_dir: Some(dir.join("a/state")),
+            cache_dir: None,
             credentials_dir: Some(dir.join("credentials")),
             daemon_socket: dir.join("socket"),
             nix_state_dir: dir.join("nix"),

@@ -128,8 +128,8 @@ impl Folder {
         }
         let write = || {
             let (temp, mut file) = self.create_temp("info")?;
+            // Not synced: what a power cut makes of it is written anew at the next start.
             file.write_all(text.as_bytes())?;
-            file.sync_data()?;
             temp.rename(&path)
         };
         write().map_err(|source| FolderError::Io { path, source })

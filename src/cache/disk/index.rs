@@ -75,8 +75,11 @@ impl Index {
                 database,
                 store_dir,
             };
-            // All tables are there from now on, and a damaged one shows at once.
-            index.write(|_| Ok(()))?;
+            // All tables are there from now on. A write costs syncs, so only where one is not.
+            if index.last_use().is_err() || index.totals().is_err() || index.page(None, 1).is_err()
+            {
+                index.write(|_| Ok(()))?;
+            }
             Ok(index)
         })
     }
@@ -333,3 +336,104 @@ const USES: TableDefinition<'_, Key, (u64, u64)> = TableDefinition::new("uses");
 const NARS: TableDefinition<'_, (u64, Key), ()> = TableDefinition::new("nars");
 const LOOK_UPS: TableDefinition<'_, (u64, Key), ()> = TableDefinition::new("look_ups");
 const TOTALS: TableDefinition<'_, &str, u64> = TableDefinition::new("totals");
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cache::backend::{Ground, NarFile};
+    use crate::cache::nar_name::FileHash;
+    use crate::nix::hash::NarHash;
+    use crate::nix::path_info::{Basis, PathInfo};
+
+    fn record(number: u8, size: Option<u64>) -> Record {
+        let hash = StorePathHash([number; 20]);
+        Record {
+            info: PathInfo {
+                path: format!("{hash}-p").parse().unwrap(),
+                nar_hash: NarHash([number; 32]),
+                nar_size: 1,
+                references: vec![],
+                deriver: None,
+                signatures: vec![],
+                ca: None,
+            },
+            grounds: vec![Ground {
+                upstream: "u".to_owned(),
+                basis: Basis::Operator,
+            }],
+            file: size.map(|size_bytes| NarFile {
+                hash: FileHash([number; 32]),
+                size_bytes,
+            }),
+        }
+    }
+
+    fn open(path: &Path) -> Index {
+        Index::open(path, 1 << 20, StoreDir::default()).unwrap()
+    }
+
+    #[test]
+    fn records_orders_and_totals_agree_and_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("index");
+        let index = open(&path);
+        let written = index.write(|changes| {
+            changes.put(&record(1, Some(10)), 5)?;
+            changes.put(&record(2, Some(20)), 6)?;
+            changes.put(&record(3, None), 7)?;
+            changes.put(&record(1, Some(10)), 8)?;
+            changes.touch(StorePathHash([9; 20]), 99)?;
+            changes.oldest_nar()
+        });
+        assert_eq!(written.unwrap(), Some(StorePathHash([2; 20])));
+        drop(index);
+        let index = open(&path);
+        let totals = |entries, bytes, look_ups| Totals {
+            entries,
+            bytes,
+            look_ups,
+        };
+        assert_eq!(index.totals().unwrap(), totals(2, 30, 1));
+        assert_eq!(index.last_use().unwrap(), 8);
+        assert_eq!(
+            index.get(StorePathHash([1; 20])).unwrap(),
+            Some(record(1, Some(10)))
+        );
+        assert_eq!(index.get(StorePathHash([9; 20])).unwrap(), None);
+        // A look-up becomes an entry, and an entry goes.
+        let totals_now = index.write(|changes| {
+            changes.put(&record(3, Some(3)), 9)?;
+            changes.remove(StorePathHash([1; 20]))?;
+            changes.remove(StorePathHash([1; 20]))?;
+            assert_eq!(changes.oldest_look_up()?, None);
+            Ok(changes.totals())
+        });
+        assert_eq!(totals_now.unwrap(), totals(2, 23, 0));
+        let page = index.page(Some(StorePathHash([2; 20])), 10).unwrap();
+        assert_eq!(page, [(StorePathHash([3; 20]), 3)]);
+    }
+
+    #[test]
+    fn a_failed_change_changes_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let index = open(&dir.path().join("index"));
+        let failed = index.write(|changes| {
+            changes.put(&record(1, Some(10)), 5)?;
+            Err::<(), _>(IndexError::Damaged("a test".to_owned()))
+        });
+        assert!(failed.is_err());
+        assert_eq!(index.totals().unwrap(), Totals::default());
+        assert_eq!(index.get(StorePathHash([1; 20])).unwrap(), None);
+    }
+
+    #[test]
+    fn a_panic_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let index = open(&dir.path().join("index"));
+        let failed = index.write(|_| -> Result<(), _> { panic!("an assertion") });
+        assert!(failed.unwrap_err().to_string().contains("an assertion"));
+        index
+            .write(|changes| changes.put(&record(1, None), 1))
+            .unwrap();
+    }
+}

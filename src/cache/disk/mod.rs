@@ -29,11 +29,10 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use tokio::sync::oneshot;
-use tokio::time::Instant;
 use tracing::warn;
 
 use super::backend::{Backend, Error, OpenNar, Record, Stats};
@@ -50,8 +49,8 @@ use writer::Writer;
 /// The bounds of a cache on disk, and whose it is.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Bytes that NAR files may take, those of running fills too. The index, some hundred bytes an
-    /// entry, and the narinfos are not counted.
+    /// Bytes that NAR files may take, those of running fills too. The index, about 2 kB an entry,
+    /// and the narinfos are not counted.
     pub bytes_max: u64,
     /// The directory of all store paths; a folder that holds those of another one is not touched.
     pub store_dir: StoreDir,
@@ -61,7 +60,7 @@ pub struct Options {
     pub priority: u32,
     /// And whether it may be asked for many paths at once.
     pub want_mass_query: bool,
-    /// Paths that are known without their NAR, at most: about 600 MB of index.
+    /// Paths that are known without their NAR, at most: about 500 MB of index.
     pub look_ups_max: u64,
     /// Look-ups, and uses, that wait for the writer: some MB; further ones are dropped.
     pub queue_max: usize,
@@ -88,7 +87,7 @@ impl Options {
             keys,
             priority: 30,
             want_mass_query: true,
-            look_ups_max: 1_000_000,
+            look_ups_max: 250_000,
             queue_max: 8192,
             retry_after: Duration::from_secs(30),
             free_bytes_min: 64 << 20,

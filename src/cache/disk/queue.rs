@@ -178,3 +178,47 @@ impl Queue {
 const GATHER: Duration = Duration::from_millis(200);
 /// Tasks that may wait before the background pass does.
 const PATIENT_MAX: usize = 256;
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    #[test]
+    fn urgent_tasks_come_at_once_and_none_after_the_stop() {
+        let queue = Queue::new(2);
+        assert!(queue.push(Task::Forget(StorePathHash([1; 20]))));
+        queue.touch(StorePathHash([1; 20]), 1);
+        queue.touch(StorePathHash([1; 20]), 2);
+        queue.touch(StorePathHash([2; 20]), 3);
+        queue.touch(StorePathHash([3; 20]), 4);
+        let begun = Instant::now();
+        let batch = queue.take(Duration::from_secs(60));
+        assert!(begun.elapsed() < Duration::from_secs(30));
+        assert_eq!(batch.tasks.len(), 1);
+        assert_eq!(batch.touches.len(), 2, "uses are bounded");
+        assert_eq!(batch.touches[&StorePathHash([1; 20])], 2);
+        queue.stop();
+        assert!(!queue.push(Task::Forget(StorePathHash([1; 20]))));
+        assert!(queue.take(Duration::from_secs(60)).stopped);
+    }
+
+    #[test]
+    fn the_background_waits_for_room() {
+        let queue = Queue::new(2);
+        std::thread::scope(|scope| {
+            let pass = scope.spawn(|| {
+                (0..PATIENT_MAX + 10)
+                    .all(|_| queue.push_patiently(Task::Gone(StorePathHash([1; 20]))))
+            });
+            let mut taken = 0;
+            while taken < PATIENT_MAX + 10 {
+                let count = queue.take(Duration::from_secs(10)).tasks.len();
+                assert!(count <= PATIENT_MAX);
+                taken += count;
+            }
+            assert!(pass.join().unwrap());
+        });
+    }
+}

@@ -112,3 +112,82 @@ impl Read for Hashing {
 const BUFFER_BYTES: usize = 256 << 10;
 /// 128 MiB, more than any of our levels takes.
 const WINDOW_LOG_MAX: u32 = 27;
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Seek as _, Write as _};
+
+    use super::*;
+    use crate::cache::backend::NarFile;
+    use crate::cache::nar_name::FileHash;
+    use crate::nix::hash::NarHash;
+    use crate::nix::path_info::PathInfo;
+
+    /// The NAR of an empty file.
+    const NAR: &[u8] = b"\x0d\0\0\0\0\0\0\0nix-archive-1\0\0\0\
+        \x01\0\0\0\0\0\0\0(\0\0\0\0\0\0\0\
+        \x04\0\0\0\0\0\0\0type\0\0\0\0\
+        \x07\0\0\0\0\0\0\0regular\0\
+        \x08\0\0\0\0\0\0\0contents\0\0\0\0\0\0\0\0\
+        \x01\0\0\0\0\0\0\0)\0\0\0\0\0\0\0";
+
+    fn judge(nar: &[u8], file: &[u8], change: impl FnOnce(&mut Record)) -> Verdict {
+        let mut record = Record {
+            info: PathInfo {
+                path: "1q8w6gl1ll0mwfkqc3c2yx005s6wwfrl-empty".parse().unwrap(),
+                nar_hash: NarHash::of(nar),
+                nar_size: nar.len() as u64,
+                references: vec![],
+                deriver: None,
+                signatures: vec![],
+                ca: None,
+            },
+            grounds: vec![],
+            file: Some(NarFile {
+                hash: FileHash(Sha256::digest(file).into()),
+                size_bytes: file.len() as u64,
+            }),
+        };
+        change(&mut record);
+        let mut opened = tempfile::tempfile().unwrap();
+        opened.write_all(file).unwrap();
+        opened.rewind().unwrap();
+        verify(opened, &record).unwrap()
+    }
+
+    #[test]
+    fn only_what_agrees_in_all_is_right() {
+        let file = zstd::encode_all(NAR, 3).unwrap();
+        assert_eq!(judge(NAR, &file, |_| ()), Verdict::Right);
+        let wrong = |verdict: Verdict, cause: &str| match verdict {
+            Verdict::Wrong(found) => assert!(found.contains(cause), "{found}"),
+            Verdict::Right => panic!("it is not right: {cause}"),
+        };
+        let cut = &file[..file.len() - 1];
+        wrong(judge(NAR, cut, |_| ()), "cannot be decompressed");
+        wrong(judge(NAR, NAR, |_| ()), "cannot be decompressed");
+        let size = |delta: i64| {
+            move |r: &mut Record| r.info.nar_size = r.info.nar_size.wrapping_add_signed(delta)
+        };
+        wrong(judge(NAR, &file, size(1)), "has 112 of 113 bytes");
+        wrong(judge(NAR, &file, size(-1)), "more than 111 bytes");
+        wrong(
+            judge(NAR, &file, |r| r.info.nar_hash.0[0] ^= 1),
+            "the nar has another hash",
+        );
+        let file_of = |r: &mut Record, change: fn(&mut NarFile)| r.file.iter_mut().for_each(change);
+        wrong(
+            judge(NAR, &file, |r| file_of(r, |f| f.hash.0[0] ^= 1)),
+            "the file has another hash",
+        );
+        wrong(
+            judge(NAR, &file, |r| file_of(r, |f| f.size_bytes += 1)),
+            "the file has",
+        );
+        let text = zstd::encode_all(&b"no archive"[..], 3).unwrap();
+        wrong(judge(b"no archive", &text, |_| ()), "malformed NAR");
+        let longer = [NAR, b"12345678"].concat();
+        let trailing = zstd::encode_all(longer.as_slice(), 3).unwrap();
+        wrong(judge(&longer, &trailing, |_| ()), "ends after 112 bytes");
+    }
+}

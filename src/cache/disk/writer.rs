@@ -6,10 +6,9 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
-use tokio::time::Instant;
 use tracing::{debug, warn};
 
 use super::super::backend::Record;
@@ -58,6 +57,7 @@ impl Writer {
 
     /// Works until it is told to stop; then nothing waits any more and the lock is free.
     pub fn run(mut self) {
+        let _ended = Ended(Arc::clone(&self.shared));
         loop {
             let Batch {
                 tasks,
@@ -75,8 +75,6 @@ impl Writer {
                 break;
             }
         }
-        self.shared.readable.store(false, Ordering::Release);
-        self.shared.set_index(None);
     }
 
     fn work(&mut self, mut tasks: VecDeque<Task>) {
@@ -397,6 +395,18 @@ impl Writer {
         };
         self.shared.advance_clock(last_use);
         Ok(index)
+    }
+}
+
+/// Lets nobody wait for a writer that ended, even by a panic.
+struct Ended(Arc<Shared>);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        self.0.readable.store(false, Ordering::Release);
+        self.0.set_index(None);
+        self.0.queue.stop();
+        drop(self.0.queue.take(Duration::ZERO));
     }
 }
 
