@@ -272,7 +272,6 @@ mod tests {
 
     fn environment(dir: &Path) -> Environment {
         Environment {
-            cache_dir: None,
             state_dir: Some(dir.join("a/state")),
             cache_dir: None,
             credentials_dir: Some(dir.join("credentials")),

@@ -159,7 +159,7 @@ impl HttpBody for Body {
                     None => Poll::Ready(None),
                 }
             }
-            Self::File(file) => Poll::Ready(file.next().map(|part| Ok(Frame::data(part)))),
+            Self::File(file) => Poll::Ready(file.next_part().map(|part| Ok(Frame::data(part)))),
         }
     }
 

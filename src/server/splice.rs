@@ -82,7 +82,7 @@ impl FileBody {
     }
 
     /// Puts the next part into the queue and returns what stands for it.
-    pub fn next(&mut self) -> Option<Bytes> {
+    pub fn next_part(&mut self) -> Option<Bytes> {
         let length = usize::try_from(self.left())
             .unwrap_or(PART_BYTES)
             .min(PART_BYTES);

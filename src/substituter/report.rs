@@ -4,7 +4,7 @@
 //! milliseconds, sizes in bytes, counts since start; `null` stands for "not known" or "none".
 //!
 //! ```text
-//! status      "ok", or "degraded" while an upstream is sick
+//! status      "ok", or "degraded" while an upstream is sick or the cache cannot be written
 //! version     of the program
 //! uptime-ms   since start
 //! upstreams   one object each, in the order of the configuration:
@@ -23,6 +23,10 @@
 //! narinfo     requests, memory-hits, found, prefetched, absent, absent-without-full-knowledge (404s
 //!             said while somebody could not be asked), divergent (paths), in-memory
 //! nar         requests, bytes (before compression), absent, resumed, cut, corrupt
+//! cache       what is kept on disk, null where nothing is: entries, bytes (reserved by running fills:
+//!             bytes-reserved), bytes-max, look-ups (paths known without their NAR), hits and misses (NAR
+//!             requests that were and were not answered from it), recalled (narinfos that came from it),
+//!             fills, evictions, corrupt, degraded (why nothing can be written)
 //! divergent   the first 100 paths of which upstreams have different NARs:
 //!             { path, served (NAR hash), upstream, nar-hash }
 //! ```
@@ -33,8 +37,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use crate::cache::backend::Stats;
 use crate::upstream::Link;
 
+use super::counters::Counters;
 use super::health::Standing;
 use super::member::Member;
 use super::{Substituter, now};
@@ -50,8 +56,10 @@ impl Substituter {
             .iter()
             .any(|m| m.standing(now) == Standing::Sick);
         let counters = self.counters();
+        let stats = self.shared.kept.as_ref().map(|kept| kept.backend.stats());
+        let degraded = stats.as_ref().is_some_and(|stats| stats.degraded.is_some());
         json!({
-            "status": if sick { "degraded" } else { "ok" },
+            "status": if sick || degraded { "degraded" } else { "ok" },
             "version": env!("CARGO_PKG_VERSION"),
             "uptime-ms": milliseconds(counters.started.elapsed()),
             "upstreams": upstreams,
@@ -76,6 +84,7 @@ impl Substituter {
                 "cut": counters.nar_cut.value(),
                 "corrupt": counters.nar_corrupt.value(),
             },
+            "cache": stats.map(|stats| cache(&stats, counters)),
             "divergent": self.divergences(),
         })
     }
@@ -99,6 +108,24 @@ impl Substituter {
             })
             .collect()
     }
+}
+
+fn cache(stats: &Stats, counters: &Counters) -> Value {
+    let (requests, hits) = (counters.nar_requests.value(), counters.nar_kept.value());
+    json!({
+        "entries": stats.entries,
+        "bytes": stats.bytes,
+        "bytes-reserved": stats.bytes_reserved,
+        "bytes-max": stats.bytes_max,
+        "look-ups": stats.look_ups,
+        "hits": hits,
+        "misses": requests.saturating_sub(hits),
+        "recalled": counters.narinfo_recalled.value(),
+        "fills": stats.fills,
+        "evictions": stats.evictions,
+        "corrupt": stats.corrupt,
+        "degraded": stats.degraded,
+    })
 }
 
 fn member(member: &Member, now: Instant) -> Value {
