@@ -8,6 +8,7 @@
 //! ```
 
 mod announce;
+mod binary_caches;
 mod files;
 mod listeners;
 mod reload;

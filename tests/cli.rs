@@ -255,7 +255,8 @@ fn what_a_configuration_means_is_said() {
         "muster.toml",
         &format!(
             "machines = \"{machines}\"\nlocal-daemon = true\nupstreams = [\"ssh://c?trusted-public-keys={public}\", \
-             \"ssh-ng://b3:22?remote-progam=x\", \"d?trusted=false\", \"http://e\"]\n"
+             \"ssh-ng://b3:22?remote-progam=x\", \"d?trusted=false\", \"http://e\", \
+             \"https://cache.nixos.org\"]\n"
         ),
     );
     let ended = place.muster(&["check-config", &file]);
@@ -269,7 +270,9 @@ fn what_a_configuration_means_is_said() {
         "upstream     ssh-ng://b3:22  (named by the operator; trusted)\n",
         "upstream     ssh://d  (named by the operator; not trusted)\n",
         "warning      upstream ssh://d is not trusted",
-        "warning      upstream http://e (named by the operator) is left out: binary caches",
+        "upstream     http://e  (named by the operator; not trusted)\n",
+        "upstream     https://cache.nixos.org  (named by the operator; must be signed by cache.nixos.org-1)\n",
+        "warning      upstream http://e is not trusted",
         &format!("upstream     ssh-ng://nix@b1  ({machines}:1; trusted)\n"),
         "upstream     daemon  (this machine's own daemon; trusted)\n",
         "signs with   a key to be made at the first start",
@@ -282,7 +285,7 @@ fn what_a_configuration_means_is_said() {
     ] {
         assert!(ended.out.contains(words), "no {words:?} in\n{}", ended.out);
     }
-    assert_eq!(ended.out.matches("\nupstream ").count(), 5, "{}", ended.out);
+    assert_eq!(ended.out.matches("\nupstream ").count(), 7, "{}", ended.out);
     assert!(!place.path("state").exists(), "looking makes nothing");
 }
 

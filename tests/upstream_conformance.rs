@@ -1,18 +1,25 @@
 //! The contract of `Upstream`, over every implementer that can be had here.
 
 mod builder;
+mod cache_server;
+mod nginx;
 
 use std::collections::HashMap;
 use std::time::Duration;
 
 use builder::{Builder, nar_of, quick, up};
+use cache_server::{Asking, Authority};
 use futures_util::StreamExt as _;
+use muster::codec::decompress::Decoder;
 use muster::nix::hash::NarHash;
 use muster::nix::path_info::PathInfo;
 use muster::nix::realisation::DrvOutput;
 use muster::nix::store_path::{StorePath, StorePathHash};
+use muster::upstream::binary_cache::{BinaryCache, BinaryCacheOptions};
+use muster::upstream::cache_folder::CacheFolder;
 use muster::upstream::memory::Memory;
 use muster::upstream::{Link, NarStream, Upstream};
+use nginx::Nginx;
 
 /// What the store under test holds.
 struct Content {
@@ -250,4 +257,72 @@ async fn daemon_over_ssh() {
     let sshd = builder.sshd("");
     let target = builder.target(sshd.port);
     conforms(&builder.over_ssh(target, quick()), &content).await;
+}
+
+/// A cache that real Nix wrote; it goes with its folder.
+fn written(builder: &Builder, content: &Content, compression: &str) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    // nginx's worker runs as another user.
+    let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(folder.path(), open).unwrap();
+    builder.write_cache(folder.path(), compression, &[&content.built.0]);
+    folder
+}
+
+fn over_http(builder: &Builder, url: &str, roots: Option<std::path::PathBuf>) -> BinaryCache {
+    let mut asking = Asking::at(url);
+    asking.store_dir = builder.store_dir.clone();
+    asking.roots = roots;
+    asking.start()
+}
+
+#[tokio::test]
+async fn binary_cache_in_a_folder() {
+    let (builder, content) = real();
+    for compression in ["xz", "zstd", "bzip2", "gzip", "br", "none"] {
+        let folder = written(&builder, &content, compression);
+        let files = CacheFolder::new(folder.path(), Duration::from_secs(10));
+        let cache = BinaryCache::start(
+            "file".to_owned(),
+            builder.store_dir.clone(),
+            std::sync::Arc::new(files),
+            Decoder::new(2),
+            BinaryCacheOptions::default(),
+        );
+        conforms(&cache, &content).await;
+    }
+}
+
+#[tokio::test]
+async fn binary_cache_over_http() {
+    let (builder, content) = real();
+    for compression in ["xz", "zstd", "bzip2", "gzip", "br", "none"] {
+        let folder = written(&builder, &content, compression);
+        let nginx = Nginx::new(folder.path());
+        let url = format!("http://127.0.0.1:{}", nginx.port);
+        conforms(&over_http(&builder, &url, None), &content).await;
+    }
+}
+
+#[tokio::test]
+async fn binary_cache_over_https() {
+    let (builder, content) = real();
+    let folder = written(&builder, &content, "zstd");
+    let authority = Authority::new();
+    let (certificate, key) = authority.certify("localhost", 2100);
+    let file = |name: &str, text: String| {
+        let file = authority.folder.path().join(name);
+        std::fs::write(&file, text).unwrap();
+        file
+    };
+    let certificate = file("certificate.pem", certificate.pem());
+    let key = file("key.pem", key.serialize_pem());
+    let nginx = Nginx::secure(folder.path(), &certificate, &key);
+    let url = format!("https://localhost:{}", nginx.port);
+    let cache = over_http(&builder, &url, Some(authority.roots()));
+    conforms(&cache, &content).await;
+    let link = cache.link().borrow().clone();
+    assert!(
+        matches!(link, Link::Up { peer } if peer.contains("nginx") && peer.ends_with("HTTP/2"))
+    );
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::{Context as _, anyhow};
 use tracing::warn;
 
 use crate::cache::memory::UpstreamId;
@@ -15,6 +15,7 @@ use crate::nix::store_uri::StoreKind;
 use crate::nix::store_uri::authority::Authority;
 use crate::substituter::health;
 use crate::substituter::member::Member;
+use crate::upstream::Upstream;
 use crate::upstream::build_log::BuildLogs;
 use crate::upstream::daemon::DaemonSocket;
 use crate::upstream::runtime_dir::RuntimeDir;
@@ -23,12 +24,15 @@ use crate::upstream::ssh_command::split_options;
 use crate::upstream::wire::Dial;
 use crate::upstream::worker::{WorkerOptions, WorkerSetup, WorkerUpstream};
 
+use super::binary_caches::{self, BinaryCaches};
+
 /// The upstreams that run, by all that was said about them.
 pub(super) struct Upstreams {
     running: HashMap<String, Arc<Member>>,
     next: u16,
     runtime_dir: Arc<RuntimeDir>,
     ssh_options: Vec<String>,
+    binary_caches: BinaryCaches,
 }
 
 impl Upstreams {
@@ -50,6 +54,7 @@ impl Upstreams {
             next: 0,
             runtime_dir: Arc::new(runtime_dir),
             ssh_options: split_options(&ssh_options)?,
+            binary_caches: BinaryCaches::default(),
         })
     }
 
@@ -84,14 +89,21 @@ impl Upstreams {
     }
 
     fn start(&mut self, upstream: &config::Upstream, config: &Config) -> anyhow::Result<Member> {
-        let (dial, logs) = self.dial(upstream, config)?;
-        let setup = WorkerSetup {
-            name: upstream.name.clone(),
-            dial,
-            logs,
-            store_dir: config.store_dir.clone(),
+        let store: Arc<dyn Upstream> = match upstream.uri.kind() {
+            StoreKind::Http(..) | StoreKind::Https(..) | StoreKind::File(_) => {
+                Arc::new(self.binary_caches.start(upstream, config)?)
+            }
+            _ => {
+                let (dial, logs) = self.dial(upstream, config)?;
+                let setup = WorkerSetup {
+                    name: upstream.name.clone(),
+                    dial,
+                    logs,
+                    store_dir: config.store_dir.clone(),
+                };
+                Arc::new(WorkerUpstream::start(setup, options(upstream, config)))
+            }
         };
-        let worker = WorkerUpstream::start(setup, options(upstream, config));
         let id = UpstreamId(self.next);
         self.next = self
             .next
@@ -99,7 +111,7 @@ impl Upstreams {
             .context("too many upstreams over all reloads")?;
         Ok(Member::new(
             id,
-            Arc::new(worker),
+            store,
             upstream.trust.clone(),
             health::Options::default(),
             // One that a reload brings gets the patience of a start, too.
@@ -133,14 +145,14 @@ impl Upstreams {
                 Ok((ssh, logs))
             }
             StoreKind::Http(..) | StoreKind::Https(..) | StoreKind::File(_) => {
-                bail!("binary caches cannot be upstreams yet; list them in nix.conf beside muster")
+                Err(anyhow!("a binary cache has no daemon"))
             }
             StoreKind::Local(Some(_)) => Err(anyhow!(
                 "a store without a daemon cannot be asked; run a nix-daemon for it and name its \
                  socket as unix:///path"
             )),
             StoreKind::Unsupported(scheme) => Err(anyhow!(
-                "{scheme} stores cannot be upstreams; use ssh-ng://, ssh://, daemon or unix://"
+                "{scheme} stores cannot be upstreams; use ssh-ng://, ssh://, daemon, unix://, http://, https:// or file://"
             )),
         }
     }
@@ -185,7 +197,7 @@ fn said(upstream: &config::Upstream, config: &Config) -> String {
         Trust::Keys(keys) => format!("{keys:?}"),
     };
     format!(
-        "{:?} {} {trust} {:?} {:?} {:?} {} {:?} {} {:?}",
+        "{:?} {} {trust} {:?} {:?} {:?} {} {:?} {} {:?} {} {:?}",
         upstream.uri,
         upstream.name,
         upstream.ssh_key,
@@ -195,5 +207,7 @@ fn said(upstream: &config::Upstream, config: &Config) -> String {
         config.daemon_socket,
         config.store_dir,
         config.roots_lifetime,
+        binary_caches::said(upstream),
+        upstream.allowed_nar_hosts,
     )
 }

@@ -41,9 +41,10 @@ pub struct Args {
 
     /// Store to ask beside the builders of the machines file; may be repeated
     ///
-    /// ssh-ng://[USER@]HOST[:PORT], ssh://…, unix:///SOCKET or daemon; what has no scheme is a host for
-    /// ssh. Parameters are Nix's: ssh-key, base64-ssh-public-host-key, remote-program,
-    /// remote-store, compress, trusted, trusted-public-keys.
+    /// ssh-ng://[USER@]HOST[:PORT], ssh://…, unix:///SOCKET or daemon; http://…, https://… and file:///PATH
+    /// are binary caches, whose paths must be signed; what has no scheme is a host for ssh. Parameters
+    /// are Nix's: ssh-key, base64-ssh-public-host-key, remote-program, remote-store, compress, trusted,
+    /// trusted-public-keys.
     #[arg(
         long = "upstream",
         value_name = "URI",
@@ -202,6 +203,8 @@ Examples:
       One more builder, with a key of its own.
   muster serve --upstream 'ssh-ng://guest@other?trusted-public-keys=other-1:…'
       A store whose paths must carry a signature by this key.
+  muster serve --upstream 'https://cache.example.org?trusted-public-keys=cache.example.org-1:…'
+      A binary cache.
 
 Signals:
   SIGTERM, SIGINT   finish running transfers, for 30 seconds at most, and stop; twice: stop at once
@@ -216,6 +219,8 @@ Environment:
   CREDENTIALS_DIRECTORY       where key files named without slash are looked up (systemd)
   NIX_DAEMON_SOCKET_PATH      the socket of this machine's own daemon
   NIX_LOG_DIR                 where its build logs are; else /nix/var/log/nix
+  NIX_SSL_CERT_FILE           certificates to judge https caches by, in place of the system's; else
+                              SSL_CERT_FILE and SSL_CERT_DIR
   NIX_SSHOPTS                 options for ssh, split as a shell does
   RUNTIME_DIRECTORY           where pinned host keys are written for ssh; else TMPDIR or /tmp
   LISTEN_FDS, NOTIFY_SOCKET, WATCHDOG_USEC

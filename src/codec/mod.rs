@@ -2,5 +2,7 @@
 
 pub mod compression;
 pub mod compressor;
+pub mod decompress;
+pub mod decompressor;
 pub mod digest;
 pub mod slice;

@@ -10,7 +10,8 @@ use serde::de::{self, Deserialize, Deserializer, MapAccess, Visitor};
 
 use super::listen::ListenAddress;
 use super::values::{
-    Bytes, Count, FromText, List, MachinesSetting, Number, PositiveSeconds, Seconds, Text,
+    Bytes, Count, FromText, HostPattern, List, MachinesSetting, Number, PositiveSeconds, Seconds,
+    Text,
 };
 use super::{CompressionSetting, LogFormat};
 use crate::nix::signature::PublicKey;
@@ -63,6 +64,8 @@ pub struct RawConfig {
     pub query_timeout: Option<PositiveSeconds>,
     /// NARs that one upstream sends at the same time.
     pub max_nar_transfers: Option<Count>,
+    /// A netrc with the credentials of binary caches.
+    pub netrc_file: Option<Text<PathBuf>>,
     /// Clients' connections at the same time.
     pub max_connections: Option<Count>,
     /// How long running transfers have to end after SIGTERM.
@@ -97,6 +100,15 @@ pub struct UpstreamTable {
     /// As the global one.
     #[serde(default)]
     pub max_nar_transfers: Option<Count>,
+    /// A file with `user:password` or a token; goes before any netrc.
+    #[serde(default)]
+    pub credentials_file: Option<Text<PathBuf>>,
+    /// As the global one.
+    #[serde(default)]
+    pub netrc_file: Option<Text<PathBuf>>,
+    /// Further hosts that a binary cache may send us to.
+    #[serde(default)]
+    pub allowed_nar_hosts: Option<List<Text<HostPattern>>>,
 }
 
 /// An upstream, by whichever form.
@@ -114,6 +126,9 @@ impl RawUpstream {
             connect_timeout: None,
             query_timeout: None,
             max_nar_transfers: None,
+            credentials_file: None,
+            netrc_file: None,
+            allowed_nar_hosts: None,
         })
     }
 }

@@ -38,6 +38,12 @@ pub struct Upstream {
     pub query_timeout: Duration,
     /// NARs that it sends at the same time.
     pub nar_transfers_max: usize,
+    /// The file with a binary cache's user and password, or token; credentials are looked up.
+    pub credentials_file: Option<PathBuf>,
+    /// The netrc where its credentials may be; likewise.
+    pub netrc_file: Option<PathBuf>,
+    /// Further hosts that a binary cache may send us to: `host`, `host:port` or `*`.
+    pub allowed_nar_hosts: Vec<String>,
 }
 
 /// Who named an upstream.
@@ -74,6 +80,7 @@ struct Defaults {
     connect_timeout: Duration,
     query_timeout: Duration,
     nar_transfers_max: usize,
+    netrc_file: Option<PathBuf>,
 }
 
 /// Finds the upstreams; the machines file is read here.
@@ -88,6 +95,10 @@ pub(super) fn find(
         nar_transfers_max: raw
             .max_nar_transfers
             .map_or(NAR_TRANSFERS_MAX, |n| n.0 as usize),
+        netrc_file: raw
+            .netrc_file
+            .take()
+            .map(|file| environment.key_path(&file.0)),
     };
     let mut found = Upstreams::default();
     for RawUpstream(table) in raw.upstreams.take().map(|list| list.0).unwrap_or_default() {
@@ -167,6 +178,14 @@ impl Upstreams {
         if let Some(max) = table.max_nar_transfers {
             upstream.nar_transfers_max = max.0 as usize;
         }
+        if let Some(file) = table.credentials_file {
+            upstream.credentials_file = Some(environment.key_path(&file.0));
+        }
+        if let Some(file) = table.netrc_file {
+            upstream.netrc_file = Some(environment.key_path(&file.0));
+        }
+        let hosts = table.allowed_nar_hosts.map(|hosts| hosts.0);
+        upstream.allowed_nar_hosts = hosts.into_iter().flatten().map(|host| host.0.0).collect();
         self.warn_about(&upstream);
         self.list.push(upstream);
         Ok(())
@@ -206,10 +225,10 @@ impl Upstreams {
             | StoreKind::Unix(_)
             | StoreKind::Local(None)
             | StoreKind::Ssh(_)
-            | StoreKind::SshNg(_) => return false,
-            StoreKind::Http(..) | StoreKind::Https(..) | StoreKind::File(_) => {
-                "binary caches cannot be asked yet; list it in nix.conf beside muster"
-            }
+            | StoreKind::SshNg(_)
+            | StoreKind::Http(..)
+            | StoreKind::Https(..)
+            | StoreKind::File(_) => return false,
             StoreKind::Local(Some(_)) => {
                 "a store without a daemon cannot be asked; run a nix-daemon for it, and name its \
                  socket as unix:///path"
@@ -268,6 +287,9 @@ fn upstream(
         connect_timeout: defaults.connect_timeout,
         query_timeout: defaults.query_timeout,
         nar_transfers_max: defaults.nar_transfers_max,
+        credentials_file: None,
+        netrc_file: defaults.netrc_file.clone(),
+        allowed_nar_hosts: Vec::new(),
         uri,
     }
 }
@@ -282,8 +304,17 @@ fn trust(uri: &StoreUri, trusted: Option<bool>, keys: Option<List<Text<PublicKey
         Some(false) => Trust::Keys(keys),
         // Whoever lists keys wants them to be asked for.
         None if keys.is_empty() && is_own(uri.kind()) => Trust::Operator,
+        None if keys.is_empty() => Trust::Keys(well_known(uri.kind())),
         None => Trust::Keys(keys),
     }
+}
+
+/// Returns the keys of a cache that every Nix trusts from the start.
+fn well_known(kind: &StoreKind) -> Vec<PublicKey> {
+    let nixos = matches!(kind, StoreKind::Https(authority, path)
+        if path.is_empty() && authority.to_string().eq_ignore_ascii_case(NIXOS_CACHE));
+    let key = nixos.then(|| PublicKey::parse(NIXOS_CACHE_KEY).ok());
+    key.flatten().into_iter().collect()
 }
 
 /// Tells whether naming such a store is vouching for it: the operator's own machines, not a cache.
@@ -335,6 +366,10 @@ fn read_machines(
 fn plain(error: &io::Error) -> String {
     error.to_string()
 }
+
+/// The one cache whose key is the default of `trusted-public-keys` in Nix.
+const NIXOS_CACHE: &str = "cache.nixos.org";
+const NIXOS_CACHE_KEY: &str = "cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=";
 
 const MACHINES_FILE: &str = "/etc/nix/machines";
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);

@@ -52,6 +52,10 @@ pub struct Number<const LEAST: u32, const MOST: u32>(pub u32);
 /// How many of something, at least one.
 pub type Count = Number<1, 1_000_000>;
 
+/// A host that a binary cache may send us to: `host`, `host:port`, or `*` for any.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostPattern(pub String);
+
 /// A type whose values are written as text, and say what is wrong with one.
 pub trait FromText: Sized {
     /// What is expected, for the error about a number or a list in its stead.
@@ -76,10 +80,24 @@ impl FromText for StoreUri {
         let uri = Self::parse(text).map_err(|error| error.to_string())?;
         match uri.kind() {
             StoreKind::Unsupported(scheme) => Err(format!(
-                "{scheme:?} is no kind of store that can be asked; ssh-ng, ssh, unix and daemon are"
+                "{scheme:?} is no kind of store that can be asked; ssh-ng, ssh, unix, daemon, http, https and file are"
             )),
             _ => Ok(uri),
         }
+    }
+}
+
+impl FromText for HostPattern {
+    const EXPECTED: &'static str = "a host such as \"cdn.example\"";
+
+    fn from_text(text: &str) -> Result<Self, String> {
+        let foreign = |c: char| c.is_whitespace() || c.is_control() || "/@?#".contains(c);
+        if text.is_empty() || text.contains(foreign) || (text.contains('*') && text != "*") {
+            return Err(format!(
+                "{text:?} is no host: a name, perhaps with a port, or \"*\" for any"
+            ));
+        }
+        Ok(Self(text.to_ascii_lowercase()))
     }
 }
 

@@ -28,6 +28,8 @@ pub struct Member {
     options: health::Options,
     // Never held over an await; no other lock is taken under it.
     record: Mutex<Record>,
+    // When a refused path info was told last; as the record.
+    told: Mutex<Option<Instant>>,
     /// What asking it for a path that nobody can have has shown about it.
     vetting: AtomicU8,
     in_care: AtomicBool,
@@ -63,6 +65,7 @@ impl Member {
             trust,
             options,
             record: Mutex::new(Record::new(now)),
+            told: Mutex::new(None),
             vetting: AtomicU8::new(UNVETTED),
             in_care: AtomicBool::new(false),
             refused: AtomicU64::new(0),
@@ -159,8 +162,14 @@ impl Member {
                 Answer::Found(verified)
             }
             Err(error) => {
-                self.refused.fetch_add(1, Ordering::Relaxed);
-                warn!(upstream = self.upstream.name(), %error, "path info refused");
+                let refused = self.refused.fetch_add(1, Ordering::Relaxed) + 1;
+                let upstream = self.upstream.name();
+                // A cache whose key is missing has every path of every closure refused.
+                if self.refusal_is_news() {
+                    warn!(upstream, %error, refused, "path info refused; further ones are not told for a while");
+                } else {
+                    debug!(upstream, %error, "path info refused");
+                }
                 Answer::Unknown
             }
         }
@@ -233,6 +242,17 @@ impl Member {
         }
     }
 
+    /// Tells whether a refusal is to be told: one in each interval.
+    fn refusal_is_news(&self) -> bool {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = now();
+        let news = told.is_none_or(|told| now.duration_since(told) >= TELL_AGAIN);
+        if news {
+            *told = Some(now);
+        }
+        news
+    }
+
     fn record(&self) -> MutexGuard<'_, Record> {
         self.record.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -254,6 +274,9 @@ impl Drop for InCare {
         self.0.in_care.store(false, Ordering::Relaxed);
     }
 }
+
+/// A setting is not repaired within it, and a day's log is not filled by it.
+const TELL_AGAIN: Duration = Duration::from_secs(300);
 
 const RECHECK: Duration = Duration::from_secs(1);
 

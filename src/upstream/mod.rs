@@ -4,10 +4,19 @@
 //! decides nothing about trust, choice or retries over several stores: that is the substituter's.
 
 mod backoff;
+pub mod binary_cache;
 pub mod build_log;
+pub mod cache_files;
+pub mod cache_folder;
+pub mod cache_http;
+mod cache_link;
 pub mod connection;
 pub mod daemon;
+pub mod dialect;
 mod generations;
+pub mod http_client;
+pub mod http_credentials;
+pub mod http_url;
 mod leased;
 pub mod memory;
 pub mod pool;

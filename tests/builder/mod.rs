@@ -151,6 +151,24 @@ impl Builder {
         self.run("nix-store", arguments)
     }
 
+    /// Writes the whole store and these build logs into a folder, as a binary cache; its compression is Nix's word.
+    pub fn write_cache(&self, folder: &Path, compression: &str, logs: &[&StorePath]) {
+        let to = format!("file://{}?compression={compression}", folder.display());
+        let nix = |arguments: &[&str]| {
+            let mut command = Command::new("/usr/bin/nix");
+            command.args(["--offline", "--extra-experimental-features", "nix-command"]);
+            let output = command.args(arguments).envs(self.environment()).output();
+            let output = output.expect("nix is needed");
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success(), "nix {arguments:?}: {stderr}");
+        };
+        nix(&["copy", "--no-check-sigs", "--all", "--to", &to]);
+        for derivation in logs {
+            let path = self.store_dir.join(derivation);
+            nix(&["store", "copy-log", "--to", &to, &path]);
+        }
+    }
+
     fn run(&self, program: &str, arguments: &[&str]) -> String {
         let mut command = Command::new(self.path("bin").join(program));
         let output = command.args(arguments).envs(self.environment()).output();

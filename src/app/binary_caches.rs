@@ -1,0 +1,123 @@
+//! From a configured binary cache to one that is asked: credentials and certificates are read here.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context as _, bail};
+use rustls::ClientConfig;
+
+use crate::codec::decompress::Decoder;
+use crate::config::{self, Config};
+use crate::nix::hash::NarHash;
+use crate::nix::store_uri::StoreKind;
+use crate::upstream::binary_cache::{BinaryCache, BinaryCacheOptions};
+use crate::upstream::cache_files::CacheFiles;
+use crate::upstream::cache_folder::CacheFolder;
+use crate::upstream::cache_http::CacheHttp;
+use crate::upstream::http_client::{Access, HttpClient, HttpOptions, tls};
+use crate::upstream::http_credentials::Credentials;
+use crate::upstream::http_url::CacheUrl;
+
+/// What all binary caches share.
+#[derive(Default)]
+pub(super) struct BinaryCaches {
+    decoder: Decoder,
+    /// Read when the first cache over HTTP starts.
+    tls: Option<Arc<ClientConfig>>,
+}
+
+impl BinaryCaches {
+    /// Starts to ask a cache; it is connected to in the background.
+    pub(super) fn start(
+        &mut self,
+        upstream: &config::Upstream,
+        config: &Config,
+    ) -> anyhow::Result<BinaryCache> {
+        let files: Arc<dyn CacheFiles> = match upstream.uri.kind() {
+            StoreKind::File(path) => Arc::new(CacheFolder::new(path, upstream.query_timeout)),
+            kind => Arc::new(self.over_http(upstream, &kind.to_string())?),
+        };
+        let options = BinaryCacheOptions {
+            large_max: upstream.nar_transfers_max,
+            ..BinaryCacheOptions::default()
+        };
+        Ok(BinaryCache::start(
+            upstream.name.clone(),
+            config.store_dir.clone(),
+            files,
+            self.decoder.clone(),
+            options,
+        ))
+    }
+
+    fn over_http(&mut self, upstream: &config::Upstream, url: &str) -> anyhow::Result<CacheHttp> {
+        let cache = CacheUrl::parse(url)?;
+        let access = Access {
+            credentials: credentials(upstream, cache.host())?,
+            hosts: upstream.allowed_nar_hosts.clone(),
+        };
+        let options = HttpOptions {
+            connect_timeout: upstream.connect_timeout,
+            head_timeout: upstream.query_timeout,
+            silence: upstream.query_timeout,
+            ..HttpOptions::default()
+        };
+        let client = HttpClient::new(cache, self.tls()?, access, options.clone());
+        let decoder = self.decoder.clone();
+        Ok(CacheHttp::new(
+            client,
+            options,
+            decoder,
+            upstream.query_timeout,
+        ))
+    }
+
+    fn tls(&mut self) -> anyhow::Result<Arc<ClientConfig>> {
+        if let Some(tls) = &self.tls {
+            return Ok(Arc::clone(tls));
+        }
+        let file = std::env::var_os("NIX_SSL_CERT_FILE").map(PathBuf::from);
+        let file = file.filter(|file| !file.as_os_str().is_empty());
+        let tls = tls(file.as_deref())?;
+        Ok(Arc::clone(self.tls.insert(tls)))
+    }
+}
+
+/// What the secret files of an upstream say, by a hash: a change of them starts it anew at a reload.
+pub(super) fn said(upstream: &config::Upstream) -> String {
+    let files = [&upstream.credentials_file, &upstream.netrc_file];
+    let hashes = files.into_iter().flatten().map(|file| match read(file) {
+        Ok(text) => NarHash::of(text.as_bytes()).to_string(),
+        Err(error) => error.to_string(),
+    });
+    hashes.collect::<Vec<_>>().join(" ")
+}
+
+/// Finds what a cache is shown; its own file goes before the netrc.
+fn credentials(upstream: &config::Upstream, host: &str) -> anyhow::Result<Option<Credentials>> {
+    if let Some(file) = &upstream.credentials_file {
+        let credentials = Credentials::parse(&read(file)?);
+        let credentials =
+            credentials.with_context(|| format!("credentials-file {}", file.display()));
+        return credentials.map(Some);
+    }
+    let Some(file) = &upstream.netrc_file else {
+        return Ok(None);
+    };
+    let found = Credentials::from_netrc(&read(file)?, host);
+    found.with_context(|| format!("netrc-file {}", file.display()))
+}
+
+fn read(file: &Path) -> anyhow::Result<String> {
+    let text = std::fs::read_to_string(file);
+    let text = text.with_context(|| format!("cannot read {}", file.display()))?;
+    if text.len() > SECRET_BYTES_MAX {
+        bail!(
+            "{} is too large to be a file of credentials",
+            file.display()
+        );
+    }
+    Ok(text)
+}
+
+const SECRET_BYTES_MAX: usize = 1 << 20;

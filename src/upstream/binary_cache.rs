@@ -1,0 +1,367 @@
+//! A binary cache as an upstream: `http://`, `https://` and `file://`.
+//!
+//! A narinfo is asked for once and answers two questions: what the path is, and where its NAR is. The latter is
+//! kept for the transfer that may follow, in a bounded memory; where it was lost the narinfo is asked for
+//! again. NARs come out decoded; hash and size are the reader's to check, but a file that brings far more bytes
+//! than its NAR has is given up here, because no reader would see it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures_util::stream::{self, StreamExt as _};
+use moka::sync::Cache;
+use tokio::sync::{Semaphore, watch};
+use tokio::time::timeout;
+
+use super::cache_files::{CacheFiles, FileStream, whole};
+use super::cache_http::decode_error;
+use super::cache_link::CacheLink;
+use super::dialect::read_narinfo;
+use super::{Error, Link, NarStream, Upstream};
+use crate::codec::decompress::Decoder;
+use crate::nix::build_trace::{BuildTraceEntry, BuildTraceKey};
+use crate::nix::hash::{Hash, NarHash};
+use crate::nix::narinfo::{Compression, NarInfo};
+use crate::nix::path_info::PathInfo;
+use crate::nix::realisation::{DrvOutput, Realisation};
+use crate::nix::store_path::{StoreDir, StorePath, StorePathHash};
+
+/// A binary cache that is asked.
+pub struct BinaryCache {
+    name: String,
+    store_dir: StoreDir,
+    files: Arc<dyn CacheFiles>,
+    link: CacheLink,
+    places: Cache<StorePathHash, Arc<Place>>,
+    decoder: Decoder,
+    large: Arc<Semaphore>,
+    small: Arc<Semaphore>,
+    options: BinaryCacheOptions,
+}
+
+/// The bounds of a binary cache.
+#[derive(Clone, Debug)]
+pub struct BinaryCacheOptions {
+    /// NARs of more than 4 MiB that are read at the same time.
+    pub large_max: usize,
+    /// The same for small ones; over HTTP/1 each has a connection.
+    pub small_max: usize,
+    /// For a transfer to get its turn.
+    pub turn_timeout: Duration,
+    /// Places of NARs that are remembered, some 200 bytes each; a closure has up to 20,000 paths.
+    pub places_max: u64,
+    /// Bytes of a decoded build log; it is held in memory whole.
+    pub log_bytes_max: usize,
+}
+
+/// Where the NAR of a path is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// What [`CacheFiles::locate`] made of the narinfo's `URL`.
+    pub file: String,
+    /// How it is compressed.
+    pub compression: Compression,
+    /// Hash of the compressed file, where it is said.
+    pub file_hash: Option<Hash>,
+    /// Size of the compressed file, where it is said.
+    pub file_size: Option<u64>,
+    /// Hash of the NAR that is in it.
+    pub nar_hash: NarHash,
+}
+
+impl BinaryCache {
+    /// Begins to ask a cache; needs a tokio runtime.
+    pub fn start(
+        name: String,
+        store_dir: StoreDir,
+        files: Arc<dyn CacheFiles>,
+        decoder: Decoder,
+        options: BinaryCacheOptions,
+    ) -> Self {
+        let link = CacheLink::start(name.clone(), store_dir.clone(), Arc::clone(&files));
+        Self {
+            name,
+            store_dir,
+            files,
+            link,
+            places: Cache::new(options.places_max),
+            decoder,
+            large: Arc::new(Semaphore::new(options.large_max.clamp(1, TRANSFERS_MAX))),
+            small: Arc::new(Semaphore::new(options.small_max.clamp(1, TRANSFERS_MAX))),
+            options,
+        }
+    }
+
+    /// Asks for a narinfo and remembers where its NAR is.
+    async fn narinfo(&self, hash: StorePathHash) -> Result<Option<NarInfo>, Error> {
+        self.link.ready().await?;
+        let file = format!("{hash}.narinfo");
+        let text = self
+            .link
+            .note(self.files.read(&file, NARINFO_BYTES_MAX).await)?;
+        let Some(text) = text else {
+            self.places.invalidate(&hash);
+            return Ok(None);
+        };
+        let narinfo = read_narinfo(&text, &self.store_dir);
+        let narinfo = narinfo.map_err(|e| Error::Remote(format!("{file}: {e}").into()))?;
+        // A URL that must not be followed fails the question: nobody is promised what cannot be had.
+        let place = Place {
+            file: self.files.locate(&narinfo.url)?,
+            compression: narinfo.compression,
+            file_hash: narinfo.file_hash.clone(),
+            file_size: narinfo.file_size,
+            nar_hash: narinfo.info.nar_hash,
+        };
+        self.places.insert(hash, Arc::new(place));
+        Ok(Some(narinfo))
+    }
+
+    /// Finds where this very NAR is; `None` when the cache has the path no more, or with another NAR.
+    async fn place(&self, info: &PathInfo, memory: Memory) -> Result<Option<Arc<Place>>, Error> {
+        let hash = info.path.hash();
+        let fits = |place: &Arc<Place>| place.nar_hash == info.nar_hash;
+        if memory == Memory::Used
+            && let Some(place) = self.places.get(&hash).filter(fits)
+        {
+            return Ok(Some(place));
+        }
+        let Some(narinfo) = self.narinfo(hash).await? else {
+            return Ok(None);
+        };
+        let same = narinfo.info.path == info.path;
+        Ok(self.places.get(&hash).filter(fits).filter(|_| same))
+    }
+
+    /// Waits for this transfer's turn; the permit goes with the stream.
+    async fn turn(&self, nar_size: u64) -> Result<tokio::sync::OwnedSemaphorePermit, Error> {
+        let turns = match nar_size {
+            0..=SMALL_BYTES_MAX => &self.small,
+            _ => &self.large,
+        };
+        let after = self.options.turn_timeout;
+        let question = "a turn to send a NAR";
+        match timeout(after, Arc::clone(turns).acquire_owned()).await {
+            Ok(permit) => permit.map_err(|_| Error::Down("it is being closed".into())),
+            Err(_) => Err(Error::TimedOut { question, after }),
+        }
+    }
+
+    /// Opens the file of a NAR; where it has moved, at its new place.
+    async fn open(&self, info: &PathInfo) -> Result<Option<(Arc<Place>, FileStream)>, Error> {
+        let Some(place) = self.place(info, Memory::Used).await? else {
+            return Ok(None);
+        };
+        if let Some(file) = self.link.note(self.files.open(&place.file).await)? {
+            return Ok(Some((place, file)));
+        }
+        // Caches that repack name the NAR otherwise from then on.
+        let moved = self.place(info, Memory::Renewed).await?;
+        let Some(moved) = moved.filter(|moved| moved.file != place.file) else {
+            return Ok(None);
+        };
+        let file = self.link.note(self.files.open(&moved.file).await)?;
+        Ok(file.map(|file| (moved, file)))
+    }
+}
+
+/// Whether what is remembered of a path's place counts.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Memory {
+    Used,
+    Renewed,
+}
+
+#[async_trait]
+impl Upstream for BinaryCache {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn link(&self) -> watch::Receiver<Link> {
+        self.link.watch()
+    }
+
+    fn reconnect(&self) {
+        self.link.reconnect();
+    }
+
+    async fn path_info(&self, hash: StorePathHash) -> Result<Option<PathInfo>, Error> {
+        Ok(self.narinfo(hash).await?.map(|narinfo| narinfo.info))
+    }
+
+    async fn path_infos(&self, paths: &[StorePath]) -> Vec<Result<Option<PathInfo>, Error>> {
+        let one = |path: StorePath| async move {
+            let info = self.path_info(path.hash()).await?;
+            Ok(info.filter(|info| info.path == path))
+        };
+        let questions = stream::iter(paths.to_vec()).map(one);
+        let answers = questions.buffered(self.files.questions_max());
+        answers.collect().await
+    }
+
+    async fn nar(&self, info: &PathInfo) -> Result<Option<NarStream>, Error> {
+        self.link.ready().await?;
+        let permit = self.turn(info.nar_size).await?;
+        let Some((place, file)) = self.open(info).await? else {
+            return Ok(None);
+        };
+        let file = bounded(file, file_bytes_max(info.nar_size)).boxed();
+        let compression = place.compression;
+        let nar = self
+            .decoder
+            .decode_stream(compression, file)
+            .ok_or_else(|| {
+                let name = compression.name();
+                Error::Unsupported(format!("compression {name} cannot be read").into())
+            })?;
+        let nar = nar.map(|chunk| chunk.map_err(decode_error));
+        Ok(Some(small_chunks(nar.boxed(), permit).boxed()))
+    }
+
+    async fn keep(&self, path: &StorePath) -> Result<bool, Error> {
+        // Nobody can be asked to keep it. What was seen a moment ago is taken to be there yet.
+        if self.places.contains_key(&path.hash()) {
+            return Ok(true);
+        }
+        Ok(self
+            .path_info(path.hash())
+            .await?
+            .is_some_and(|info| info.path == *path))
+    }
+
+    async fn build_log(&self, derivation: &StorePath) -> Result<Option<Bytes>, Error> {
+        if !derivation.is_derivation() {
+            return Ok(None);
+        }
+        self.link.ready().await?;
+        let bytes_max = self.options.log_bytes_max;
+        let log = self
+            .files
+            .read(&format!("log/{derivation}"), bytes_max)
+            .await;
+        let Some(log) = self.link.note(log)? else {
+            return Ok(None);
+        };
+        // A server that knows nothing of it sends the file as it was uploaded.
+        let Some(packed) = packed_as(&log) else {
+            return Ok(Some(log));
+        };
+        let source = stream::iter([Ok::<_, Error>(log)]);
+        let Some(decoded) = self.decoder.decode_stream(packed, source) else {
+            return Ok(None);
+        };
+        let decoded = decoded.map(|chunk| chunk.map_err(decode_error));
+        whole(decoded.boxed(), bytes_max).await.map(Some)
+    }
+
+    async fn realisation(&self, id: &DrvOutput) -> Result<Option<Realisation>, Error> {
+        self.link.ready().await?;
+        let file = format!("realisations/{id}.doi");
+        let json = self
+            .link
+            .note(self.files.read(&file, NARINFO_BYTES_MAX).await)?;
+        let Some(json) = json else {
+            return Ok(None);
+        };
+        let malformed =
+            |error: &dyn std::fmt::Display| Error::Remote(format!("{file}: {error}").into());
+        let realisation = Realisation::parse(&json).map_err(|e| malformed(&e))?;
+        match realisation.id == *id {
+            true => Ok(Some(realisation)),
+            false => Err(malformed(&format_args!("it is that of {}", realisation.id))),
+        }
+    }
+
+    async fn build_trace(&self, key: &BuildTraceKey) -> Result<Option<BuildTraceEntry>, Error> {
+        self.link.ready().await?;
+        let (derivation, output) = (key.derivation(), key.output());
+        let file = format!("build-trace-v2/{derivation}/{output}.doi");
+        let json = self
+            .link
+            .note(self.files.read(&file, NARINFO_BYTES_MAX).await)?;
+        let entry = json.map(|json| BuildTraceEntry::parse(key.clone(), &json));
+        let entry = entry.transpose();
+        entry.map_err(|error| Error::Remote(format!("{file}: {error}").into()))
+    }
+}
+
+/// Tells how a build log was packed by its first bytes, which no text has.
+fn packed_as(log: &[u8]) -> Option<Compression> {
+    let magics: [(&[u8], Compression); 4] = [
+        (b"BZh", Compression::Bzip2),
+        (b"\xfd7zXZ\0", Compression::Xz),
+        (b"\x28\xb5\x2f\xfd", Compression::Zstd),
+        (b"\x1f\x8b", Compression::Gzip),
+    ];
+    let found = magics.into_iter().find(|(magic, _)| log.starts_with(magic));
+    found.map(|(_, compression)| compression)
+}
+
+/// What a file may have at most: no compression makes a NAR much larger than it is.
+fn file_bytes_max(nar_size: u64) -> u64 {
+    nar_size
+        .saturating_add(nar_size / 8)
+        .saturating_add(1 << 20)
+}
+
+/// Ends a stream with an error behind so many bytes.
+fn bounded(
+    file: FileStream,
+    bytes_max: u64,
+) -> impl futures_util::Stream<Item = Result<Bytes, Error>> + Send {
+    let state = Some((file, 0_u64));
+    stream::unfold(state, move |state| async move {
+        let (mut file, mut bytes) = state?;
+        match file.next().await? {
+            Ok(chunk) => {
+                bytes = bytes.saturating_add(chunk.len() as u64);
+                if bytes > bytes_max {
+                    let cause = "the file has far more bytes than its nar";
+                    return Some((Err(Error::Protocol(cause.into())), None));
+                }
+                Some((Ok(chunk), Some((file, bytes))))
+            }
+            Err(error) => Some((Err(error), None)),
+        }
+    })
+}
+
+/// Cuts chunks to what a [`NarStream`] may have; whatever else the transfer holds goes with the stream.
+fn small_chunks<T: Send>(
+    nar: FileStream,
+    held: T,
+) -> impl futures_util::Stream<Item = Result<Bytes, Error>> + Send {
+    let state = (nar, Bytes::new(), held);
+    stream::unfold(state, |(mut nar, mut rest, held)| async move {
+        while rest.is_empty() {
+            match nar.next().await? {
+                Ok(chunk) => rest = chunk,
+                Err(error) => return Some((Err(error), (stream::empty().boxed(), rest, held))),
+            }
+        }
+        let chunk = rest.split_to(rest.len().min(CHUNK_BYTES_MAX));
+        Some((Ok(chunk), (nar, rest, held)))
+    })
+}
+
+impl Default for BinaryCacheOptions {
+    fn default() -> Self {
+        Self {
+            large_max: 8,
+            small_max: 25,
+            turn_timeout: Duration::from_secs(60),
+            places_max: 50_000,
+            log_bytes_max: 64 << 20,
+        }
+    }
+}
+
+const NARINFO_BYTES_MAX: usize = 1 << 20;
+const SMALL_BYTES_MAX: u64 = 4 << 20;
+const CHUNK_BYTES_MAX: usize = 256 << 10;
+
+/// Keeps a typing error from the semaphores.
+const TRANSFERS_MAX: usize = 1000;

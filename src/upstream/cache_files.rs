@@ -1,0 +1,70 @@
+//! The files of a binary cache, wherever they are: over HTTP, or in a folder.
+//!
+//! ```text
+//! nix-cache-info   <hash>.narinfo   nar/…   log/<drv>   realisations/<id>.doi   build-trace-v2/<drv>/<out>.doi
+//! ```
+//!
+//! Names are the cache's own; what the files hold is read in `binary_cache`.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures_util::stream::BoxStream;
+
+use super::Error;
+
+/// The bytes of a file as they come; an error is the last item. Dropping it ends the transfer.
+pub type FileStream = BoxStream<'static, Result<Bytes, Error>>;
+
+/// Where the files of one cache are.
+///
+/// Every method may be called at once, its future dropped at any point, and is bounded in time.
+#[async_trait]
+pub trait CacheFiles: Send + Sync + 'static {
+    /// Reads `nix-cache-info`, and says what answers: `nginx/1.22.1, HTTP/2`.
+    ///
+    /// Unlike the others it is asked for at any time, also while the cache wants to be left alone.
+    async fn greet(&self) -> Result<Greeting, Error>;
+
+    /// Reads a small file whole; `None`: it is not there. More bytes than `bytes_max` are an error.
+    async fn read(&self, name: &str, bytes_max: usize) -> Result<Option<Bytes>, Error>;
+
+    /// Finds the place that a narinfo means by its `URL`; an error when it must not be followed.
+    fn locate(&self, url: &str) -> Result<String, Error>;
+
+    /// Opens a large file at its first byte; `None`: it is not there.
+    async fn open(&self, place: &str) -> Result<Option<FileStream>, Error>;
+
+    /// Returns how many questions are sensibly asked at once.
+    fn questions_max(&self) -> usize;
+}
+
+/// The first answer of a cache.
+#[derive(Clone, Debug)]
+pub struct Greeting {
+    /// The text of `nix-cache-info`.
+    pub info: Bytes,
+    /// What answers, for people; may be empty.
+    pub peer: String,
+}
+
+/// Reads a stream to its end, if that comes within the bound.
+pub(super) async fn whole(
+    mut stream: impl futures_util::Stream<Item = Result<Bytes, Error>> + Unpin,
+    bytes_max: usize,
+) -> Result<Bytes, Error> {
+    use futures_util::TryStreamExt as _;
+    let mut all = bytes::BytesMut::new();
+    while let Some(chunk) = stream.try_next().await? {
+        if chunk.len() > bytes_max - all.len() {
+            let cause = format!("a file has more than {bytes_max} bytes");
+            return Err(Error::Protocol(cause.into()));
+        }
+        all.extend_from_slice(&chunk);
+    }
+    Ok(all.freeze())
+}
+
+/// How long a cache that said "not now" is left alone where it does not say itself.
+pub(super) const PAUSE_MAX: Duration = Duration::from_secs(60);

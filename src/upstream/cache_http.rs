@@ -1,0 +1,239 @@
+//! A binary cache over HTTP: which answer means what.
+//!
+//! ```text
+//! 200                 the file
+//! 404, 410, 403       not there; S3 says 403 to those who may not list
+//! 401, other 4xx      could not find out; 401 names the credentials
+//! 429, 503            could not find out, and the cache is left alone for a while: Retry-After, or a back-off
+//! other 5xx           the same after three of them running
+//! ```
+//!
+//! Source: `HttpBinaryCacheStore` in `libstore/http-binary-cache-store.cc`; there 401 counts as missing, too.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures_util::StreamExt as _;
+use hyper::{StatusCode, Uri};
+use tokio::sync::Semaphore;
+use tokio::time::{Instant, timeout};
+
+use super::Error;
+use super::backoff::Backoff;
+use super::cache_files::{CacheFiles, FileStream, Greeting, PAUSE_MAX, whole};
+use super::http_client::{Got, HttpClient, HttpOptions, Peer};
+use crate::codec::decompress::{DecodeError, Decoder};
+use crate::nix::narinfo::Compression;
+
+/// A cache over HTTP.
+pub struct CacheHttp {
+    client: HttpClient,
+    options: HttpOptions,
+    decoder: Decoder,
+    /// For a small file from question to last byte.
+    query_timeout: Duration,
+    questions: Semaphore,
+    // Never held over an await.
+    rest: Mutex<Rest>,
+}
+
+/// When the cache is left alone.
+#[derive(Default)]
+struct Rest {
+    until: Option<Instant>,
+    /// Answers running that blame the server.
+    failures: u32,
+    backoff: Backoff,
+    /// Whether the first answer showed that many questions share a connection.
+    multiplexed: bool,
+}
+
+impl CacheHttp {
+    /// Takes a client; `query_timeout` bounds each small file.
+    pub fn new(
+        client: HttpClient,
+        options: HttpOptions,
+        decoder: Decoder,
+        query_timeout: Duration,
+    ) -> Self {
+        Self {
+            client,
+            options,
+            decoder,
+            query_timeout,
+            questions: Semaphore::new(QUESTIONS_MAX),
+            rest: Mutex::default(),
+        }
+    }
+
+    /// Asks for a small file and reads it, within the bound for both.
+    async fn fetch(&self, name: &str, bytes_max: usize) -> Result<Option<(Bytes, Peer)>, Error> {
+        let uri = self.client.cache().file(name);
+        let uri = uri.map_err(|e| Error::Unsupported(e.to_string().into()))?;
+        let answer = async {
+            let _permit = self.questions.acquire().await;
+            let got = match self.client.ask(uri.clone()).await {
+                // A server closes idle connections, at times just when one is used.
+                Err(Error::Lost(_)) => self.client.ask(uri).await?,
+                got => got?,
+            };
+            if !self.is_there(&got)? {
+                return Ok(None);
+            }
+            let peer = got.peer();
+            let text = whole(self.body(got)?, bytes_max).await?;
+            Ok(Some((text, peer)))
+        };
+        let after = self.query_timeout;
+        let question = "GET";
+        let timed_out = Err(Error::TimedOut { question, after });
+        timeout(after, answer).await.unwrap_or(timed_out)
+    }
+
+    /// Judges an answer; whatever blames the server counts for leaving it alone.
+    fn is_there(&self, got: &Got) -> Result<bool, Error> {
+        let status = got.status;
+        let overloaded = matches!(
+            status,
+            StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE
+        );
+        if overloaded || status.is_server_error() {
+            let mut rest = self.rest();
+            rest.failures += 1;
+            if overloaded || rest.failures >= FAILURES_MAX {
+                let pause = rest.backoff.failed(fastrand::f64());
+                let pause = got.retry_after().unwrap_or(pause).min(PAUSE_MAX);
+                rest.until = Some(Instant::now() + pause);
+            }
+            return Err(Error::Remote(status.to_string().into()));
+        }
+        let mut rest = self.rest();
+        if rest.until.is_none_or(|until| until <= Instant::now()) {
+            *rest = Rest {
+                multiplexed: rest.multiplexed,
+                ..Rest::default()
+            };
+        }
+        match status {
+            StatusCode::OK | StatusCode::PARTIAL_CONTENT => Ok(true),
+            StatusCode::NOT_FOUND | StatusCode::GONE | StatusCode::FORBIDDEN => Ok(false),
+            StatusCode::UNAUTHORIZED => Err(Error::Remote(
+                format!("{status}; does it want a credentials-file or netrc-file?").into(),
+            )),
+            _ => Err(Error::Remote(status.to_string().into())),
+        }
+    }
+
+    /// Returns the body without what was put around the file on its way.
+    fn body(&self, got: Got) -> Result<FileStream, Error> {
+        let encoding = match got.content_encoding() {
+            None => return Ok(got.body(&self.options)),
+            Some("x-gzip") => Some(Compression::Gzip),
+            Some(name) => Compression::parse(&name.to_ascii_lowercase()),
+        };
+        let name = got.content_encoding().unwrap_or_default().to_owned();
+        let body = got.body(&self.options);
+        let decoded = encoding.and_then(|encoding| self.decoder.decode_stream(encoding, body));
+        let decoded = decoded.ok_or_else(|| {
+            Error::Unsupported(format!("content encoding {name:?} cannot be read").into())
+        })?;
+        Ok(decoded.map(|chunk| chunk.map_err(decode_error)).boxed())
+    }
+
+    /// Fails while the cache is left alone.
+    fn check_rest(&self) -> Result<(), Error> {
+        let until = self.rest().until;
+        let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+        match left.filter(|left| !left.is_zero()) {
+            None => Ok(()),
+            Some(left) => Err(Error::Down(
+                format!("it is overloaded, left alone for {left:.1?}").into(),
+            )),
+        }
+    }
+
+    fn rest(&self) -> MutexGuard<'_, Rest> {
+        self.rest.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[async_trait]
+impl CacheFiles for CacheHttp {
+    async fn greet(&self) -> Result<Greeting, Error> {
+        let Some((info, peer)) = self.fetch("nix-cache-info", INFO_BYTES_MAX).await? else {
+            let cause = "it does not appear to be a binary cache: there is no nix-cache-info, or it may not be read";
+            return Err(Error::Remote(cause.into()));
+        };
+        if peer.multiplexed && !std::mem::replace(&mut self.rest().multiplexed, true) {
+            self.questions
+                .add_permits(QUESTIONS_MULTIPLEXED_MAX - QUESTIONS_MAX);
+        }
+        let version = if peer.multiplexed {
+            "HTTP/2"
+        } else {
+            "HTTP/1.1"
+        };
+        let peer = match peer.server {
+            Some(server) => format!("{server}, {version}"),
+            None => version.to_owned(),
+        };
+        Ok(Greeting { info, peer })
+    }
+
+    async fn read(&self, name: &str, bytes_max: usize) -> Result<Option<Bytes>, Error> {
+        self.check_rest()?;
+        let found = self.fetch(name, bytes_max).await?;
+        Ok(found.map(|(text, _)| text))
+    }
+
+    fn locate(&self, url: &str) -> Result<String, Error> {
+        let found = self.client.cache().resolve(url, self.client.hosts());
+        let refused =
+            |error: super::http_url::UrlError| Error::Unsupported(error.to_string().into());
+        found.map(|uri| uri.to_string()).map_err(refused)
+    }
+
+    async fn open(&self, place: &str) -> Result<Option<FileStream>, Error> {
+        self.check_rest()?;
+        let malformed = |_| Error::Unsupported("the address of a NAR cannot be sent".into());
+        let uri: Uri = place.parse().map_err(malformed)?;
+        let got = match self.client.transfer(uri.clone(), 0).await {
+            Err(Error::Lost(_)) => self.client.transfer(uri, 0).await?,
+            got => got?,
+        };
+        match self.is_there(&got)? {
+            true => self.body(got).map(Some),
+            false => Ok(None),
+        }
+    }
+
+    fn questions_max(&self) -> usize {
+        match self.rest().multiplexed {
+            true => QUESTIONS_MULTIPLEXED_MAX,
+            false => QUESTIONS_MAX,
+        }
+    }
+}
+
+/// Tells a body that broke off from one that is damaged.
+pub(super) fn decode_error(error: DecodeError<Error>) -> Error {
+    match error {
+        DecodeError::Source(error) => error,
+        DecodeError::Damaged { ref cause, .. } => {
+            Error::Protocol(format!("{error}: {cause}").into())
+        }
+    }
+}
+
+/// Questions at once over HTTP/1, a connection each; as many as Nix asks.
+const QUESTIONS_MAX: usize = 25;
+
+/// The same where they share one connection; servers allow 100 to 128 streams.
+const QUESTIONS_MULTIPLEXED_MAX: usize = 100;
+
+const INFO_BYTES_MAX: usize = 64 << 10;
+
+/// One 500 may be about one path; three running are about the server.
+const FAILURES_MAX: u32 = 3;

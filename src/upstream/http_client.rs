@@ -1,0 +1,485 @@
+//! How a binary cache is spoken to: GET over HTTP/1.1, over HTTP/2 where TLS agrees on it.
+//!
+//! Small files and NARs have connections of their own, so that no NAR delays a question. Each phase has its
+//! bound: connecting (TLS included), the head of an answer with all redirects, silence and slow drip in a body.
+//! Redirects stay where [`CacheUrl::redirect`] allows, at most five; credentials are shown to the cache's own
+//! scheme, host and port alone. This file knows nothing of what the files hold.
+
+use std::convert::Infallible;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use futures_util::stream::{self, BoxStream, StreamExt as _};
+use http_body::{Body, Frame};
+use hyper::body::Incoming;
+use hyper::header::{
+    ACCEPT, AUTHORIZATION, CONTENT_ENCODING, HeaderMap, HeaderName, HeaderValue, LOCATION,
+    RETRY_AFTER, SERVER, USER_AGENT,
+};
+use hyper::{Request, Response, StatusCode, Uri, Version};
+use hyper_rustls::{ConfigBuilderExt as _, HttpsConnector, HttpsConnectorBuilder};
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject as _;
+use rustls::{ClientConfig, RootCertStore};
+use tokio::time::timeout;
+use tower_service::Service;
+
+use super::Error;
+use super::http_credentials::Credentials;
+use super::http_url::CacheUrl;
+
+/// A client of one cache; its connections are closed when it is dropped.
+pub struct HttpClient {
+    questions: Client<Connector, NoBody>,
+    nars: Client<Connector, NoBody>,
+    cache: CacheUrl,
+    access: Access,
+    options: HttpOptions,
+}
+
+/// What a cache lets us do, and where it may send us.
+#[derive(Clone, Debug, Default)]
+pub struct Access {
+    /// Shown to the cache itself alone.
+    pub credentials: Option<Credentials>,
+    /// Further hosts that its narinfos and redirects may lead to: `host`, `host:port` or `*`.
+    pub hosts: Vec<String>,
+}
+
+/// The bounds of a client.
+#[derive(Clone, Debug)]
+pub struct HttpOptions {
+    /// Name look-up, TCP and TLS together.
+    pub connect_timeout: Duration,
+    /// From the request to the head of the answer, all redirects and the connecting included.
+    pub head_timeout: Duration,
+    /// Silence in the middle of a body.
+    pub silence: Duration,
+    /// A body must bring as many bytes while we wait for it as `drip_bytes` in each `drip_time`: slower than a
+    /// modem, and it would hold a transfer for days.
+    pub drip_time: Duration,
+    /// See `drip_time`.
+    pub drip_bytes: u64,
+    /// Idle connections that are kept, of each of the two kinds: what a burst of questions over HTTP/1 opened.
+    pub idle_max: usize,
+    /// After so long without use a connection is closed; most servers close it after 60 to 75 s.
+    pub idle_timeout: Duration,
+}
+
+/// What was got.
+pub struct Got {
+    /// The whole head; its bounds are hyper's: 100 lines in 256 KiB, or 16 KiB over HTTP/2.
+    pub status: StatusCode,
+    headers: HeaderMap,
+    version: Version,
+    body: Incoming,
+}
+
+/// What answers, as far as it says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// `Server`, its first 60 characters.
+    pub server: Option<String>,
+    /// Whether many questions share one connection.
+    pub multiplexed: bool,
+}
+
+impl HttpClient {
+    /// Makes a client; nothing is connected to yet.
+    pub fn new(
+        cache: CacheUrl,
+        tls: Arc<ClientConfig>,
+        access: Access,
+        options: HttpOptions,
+    ) -> Self {
+        let client = || {
+            let mut tcp = HttpConnector::new();
+            tcp.enforce_http(false);
+            tcp.set_nodelay(true);
+            tcp.set_keepalive(Some(KEEPALIVE));
+            let https = HttpsConnectorBuilder::new()
+                .with_tls_config((*tls).clone())
+                .https_or_http()
+                .enable_http1()
+                .enable_http2()
+                .wrap_connector(tcp);
+            Client::builder(TokioExecutor::new())
+                .timer(TokioTimer::new())
+                .pool_timer(TokioTimer::new())
+                .pool_idle_timeout(options.idle_timeout)
+                .pool_max_idle_per_host(options.idle_max)
+                .http1_max_headers(HEADERS_MAX)
+                .http1_max_buf_size(BUFFER_BYTES)
+                .http2_initial_stream_window_size(STREAM_WINDOW_BYTES)
+                .http2_initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+                .http2_keep_alive_interval(H2_PING)
+                .http2_keep_alive_timeout(options.connect_timeout)
+                .build(Connector {
+                    https,
+                    timeout: options.connect_timeout,
+                })
+        };
+        Self {
+            questions: client(),
+            nars: client(),
+            cache,
+            access,
+            options,
+        }
+    }
+
+    /// Returns the cache's address.
+    pub fn cache(&self) -> &CacheUrl {
+        &self.cache
+    }
+
+    /// Returns where a narinfo of this cache may send us.
+    pub fn hosts(&self) -> &[String] {
+        &self.access.hosts
+    }
+
+    /// Asks for a small file. Dropping the future gives the question up.
+    pub async fn ask(&self, uri: Uri) -> Result<Got, Error> {
+        self.get(&self.questions, uri, None).await
+    }
+
+    /// Asks for a NAR, from this byte on. Dropping the future or the body ends the transfer.
+    pub async fn transfer(&self, uri: Uri, offset: u64) -> Result<Got, Error> {
+        let range = (offset > 0).then(|| format!("bytes={offset}-"));
+        let range = range.and_then(|range| HeaderValue::try_from(range).ok());
+        self.get(&self.nars, uri, range).await
+    }
+
+    async fn get(
+        &self,
+        client: &Client<Connector, NoBody>,
+        uri: Uri,
+        range: Option<HeaderValue>,
+    ) -> Result<Got, Error> {
+        let after = self.options.head_timeout;
+        let followed = self.follow(client, uri, range);
+        timeout(after, followed)
+            .await
+            .unwrap_or(Err(Error::TimedOut {
+                question: "GET",
+                after,
+            }))
+    }
+
+    async fn follow(
+        &self,
+        client: &Client<Connector, NoBody>,
+        mut uri: Uri,
+        range: Option<HeaderValue>,
+    ) -> Result<Got, Error> {
+        for _ in 0..=REDIRECTS_MAX {
+            let response = self.once(client, &uri, range.clone()).await?;
+            if !is_redirect(response.status()) {
+                let (head, body) = response.into_parts();
+                return Ok(Got {
+                    status: head.status,
+                    version: head.version,
+                    headers: head.headers,
+                    body,
+                });
+            }
+            let location = text_of(response.headers(), &LOCATION);
+            let location = location.ok_or_else(|| Error::Remote("a redirect to nowhere".into()))?;
+            let next = self.cache.redirect(&uri, location, &self.access.hosts);
+            uri = next.map_err(|e| Error::Unsupported(format!("redirect refused: {e}").into()))?;
+        }
+        let cause = format!("more than {REDIRECTS_MAX} redirects");
+        Err(Error::Remote(cause.into()))
+    }
+
+    async fn once(
+        &self,
+        client: &Client<Connector, NoBody>,
+        uri: &Uri,
+        range: Option<HeaderValue>,
+    ) -> Result<Response<Incoming>, Error> {
+        let mut request = Request::new(NoBody);
+        *request.uri_mut() = uri.clone();
+        let headers = request.headers_mut();
+        headers.insert(ACCEPT, HeaderValue::from_static("*/*"));
+        headers.insert(USER_AGENT, HeaderValue::from_static(AGENT));
+        if let Some(range) = range {
+            headers.insert(hyper::header::RANGE, range);
+        }
+        if let Some(credentials) = &self.access.credentials
+            && self.cache.is_home_of(uri)
+        {
+            headers.insert(AUTHORIZATION, credentials.header());
+        }
+        let answer = client.request(request).await;
+        answer.map_err(|error| Error::Lost(chain(&error).into()))
+    }
+}
+
+impl Got {
+    /// Returns what answers, as far as it says.
+    pub fn peer(&self) -> Peer {
+        let server = text_of(&self.headers, &SERVER);
+        let printable = |c: &char| !c.is_control();
+        Peer {
+            server: server.map(|text| text.chars().filter(printable).take(60).collect()),
+            multiplexed: self.version == Version::HTTP_2,
+        }
+    }
+
+    /// Returns the encoding that was put around the file, `identity` being none.
+    pub fn content_encoding(&self) -> Option<&str> {
+        let encoding = text_of(&self.headers, &CONTENT_ENCODING).map(str::trim);
+        encoding.filter(|name| !name.is_empty() && !name.eq_ignore_ascii_case("identity"))
+    }
+
+    /// Returns how long the server asks us to stay away, in seconds.
+    pub fn retry_after(&self) -> Option<Duration> {
+        let seconds = text_of(&self.headers, &RETRY_AFTER)?.trim().parse().ok()?;
+        Some(Duration::from_secs(seconds))
+    }
+
+    /// Tells whether this is the rest of a file from this byte on, as asked for.
+    pub fn begins_at(&self, offset: u64) -> bool {
+        let range = text_of(&self.headers, &hyper::header::CONTENT_RANGE);
+        let begins = |range: &str| range.trim().starts_with(&format!("bytes {offset}-"));
+        match self.status {
+            StatusCode::PARTIAL_CONTENT => range.is_some_and(begins),
+            status => status == StatusCode::OK && offset == 0,
+        }
+    }
+
+    /// Returns the body's chunks; silence and slow drip end it with an error.
+    pub fn body(self, options: &HttpOptions) -> BoxStream<'static, Result<Bytes, Error>> {
+        let drip = Drip::new(options);
+        let state = Some((self.body, drip, options.silence));
+        let chunks = stream::unfold(state, |state| async move {
+            let (mut body, mut drip, silence) = state?;
+            loop {
+                let begun = Instant::now();
+                let frame = std::future::poll_fn(|cx| Pin::new(&mut body).poll_frame(cx));
+                let frame = match timeout(silence, frame).await {
+                    Ok(frame) => frame?,
+                    Err(_) => {
+                        let question = "the rest of a body";
+                        let after = silence;
+                        return Some((Err(Error::TimedOut { question, after }), None));
+                    }
+                };
+                match frame.map(Frame::into_data) {
+                    // Trailers, or nothing.
+                    Ok(Err(_)) => {}
+                    Ok(Ok(data)) => {
+                        if let Err(error) = drip.count(data.len(), begun.elapsed()) {
+                            return Some((Err(error), None));
+                        }
+                        if !data.is_empty() {
+                            return Some((Ok(data), Some((body, drip, silence))));
+                        }
+                    }
+                    Err(error) => return Some((Err(Error::Lost(chain(&error).into())), None)),
+                }
+            }
+        });
+        chunks.boxed()
+    }
+}
+
+/// Watches that a body does not come too slowly; the time in which nobody reads does not count.
+struct Drip {
+    time: Duration,
+    bytes: u64,
+    waited: Duration,
+    came: u64,
+}
+
+impl Drip {
+    fn new(options: &HttpOptions) -> Self {
+        Self {
+            time: options.drip_time,
+            bytes: options.drip_bytes,
+            waited: Duration::ZERO,
+            came: 0,
+        }
+    }
+
+    fn count(&mut self, bytes: usize, waited: Duration) -> Result<(), Error> {
+        self.waited += waited;
+        self.came += bytes as u64;
+        if self.waited < self.time {
+            return Ok(());
+        }
+        if self.came < self.bytes {
+            let question = "more than a drip of a body";
+            let after = self.time;
+            return Err(Error::TimedOut { question, after });
+        }
+        (self.waited, self.came) = (Duration::ZERO, 0);
+        Ok(())
+    }
+}
+
+/// Reads the certificates that servers are judged by.
+///
+/// A file (`NIX_SSL_CERT_FILE`, as Nix has it) is all there is; without one it is the system's, or what
+/// `SSL_CERT_FILE` and `SSL_CERT_DIR` name.
+pub fn tls(file: Option<&Path>) -> Result<Arc<ClientConfig>, TlsError> {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(|error| TlsError::Setup(error.to_string()))?;
+    let Some(file) = file else {
+        let builder = builder.with_native_roots().map_err(TlsError::System)?;
+        return Ok(Arc::new(builder.with_no_client_auth()));
+    };
+    let unreadable = |cause: String| TlsError::File {
+        file: file.to_owned(),
+        cause,
+    };
+    let mut roots = RootCertStore::empty();
+    for certificate in CertificateDer::pem_file_iter(file).map_err(|e| unreadable(e.to_string()))? {
+        let certificate = certificate.map_err(|e| unreadable(e.to_string()))?;
+        // One that rustls cannot use is left out, as in the system's own list.
+        _ = roots.add(certificate);
+    }
+    if roots.is_empty() {
+        return Err(unreadable("there is no certificate in it".to_owned()));
+    }
+    Ok(Arc::new(
+        builder.with_root_certificates(roots).with_no_client_auth(),
+    ))
+}
+
+/// Why no server can be judged.
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    /// The library refuses.
+    #[error("cannot set up tls: {0}")]
+    Setup(String),
+    /// The system has none.
+    #[error("cannot read the system's certificates; name a file with SSL_CERT_FILE")]
+    System(#[source] std::io::Error),
+    /// The file cannot be used.
+    #[error("cannot use the certificates in {}: {cause}", .file.display())]
+    File {
+        /// The file.
+        file: PathBuf,
+        /// Why.
+        cause: String,
+    },
+}
+
+/// TCP and TLS with one bound over both.
+#[derive(Clone)]
+struct Connector {
+    https: HttpsConnector<HttpConnector>,
+    timeout: Duration,
+}
+
+type Connected = <HttpsConnector<HttpConnector> as Service<Uri>>::Response;
+type ConnectError = Box<dyn std::error::Error + Send + Sync>;
+
+impl Service<Uri> for Connector {
+    type Response = Connected;
+    type Error = ConnectError;
+    type Future = BoxFuture<'static, Result<Connected, ConnectError>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ConnectError>> {
+        self.https.poll_ready(cx)
+    }
+
+    fn call(&mut self, uri: Uri) -> Self::Future {
+        let connecting = self.https.call(uri);
+        let after = self.timeout;
+        Box::pin(async move {
+            match timeout(after, connecting).await {
+                Ok(connected) => connected,
+                Err(_) => Err(format!("no connection within {after:?}").into()),
+            }
+        })
+    }
+}
+
+/// The body of a GET.
+struct NoBody;
+
+impl Body for NoBody {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        _cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        Poll::Ready(None)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        true
+    }
+}
+
+impl Default for HttpOptions {
+    fn default() -> Self {
+        Self {
+            connect_timeout: Duration::from_secs(5),
+            head_timeout: Duration::from_secs(10),
+            silence: Duration::from_secs(10),
+            drip_time: Duration::from_secs(30),
+            drip_bytes: 30 << 10,
+            idle_max: 32,
+            idle_timeout: Duration::from_secs(50),
+        }
+    }
+}
+
+fn is_redirect(status: StatusCode) -> bool {
+    matches!(status.as_u16(), 301 | 302 | 303 | 307 | 308)
+}
+
+fn text_of<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a str> {
+    headers.get(name).and_then(|value| value.to_str().ok())
+}
+
+/// Writes an error with its causes, each once: "client error" alone tells nobody anything.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let words = cause.to_string();
+        if !text.contains(&words) {
+            text = format!("{text}: {words}");
+        }
+        next = cause.source();
+    }
+    text
+}
+
+const AGENT: &str = concat!("muster/", env!("CARGO_PKG_VERSION"));
+
+/// What browsers and curl allow.
+const REDIRECTS_MAX: usize = 5;
+
+/// Lines of a head; real ones have about 20.
+const HEADERS_MAX: usize = 100;
+
+/// Of a connection over HTTP/1: the longest head, and what is read of a body at one go.
+const BUFFER_BYTES: usize = 256 << 10;
+
+/// What one stream may send ahead of its reader: 40 ms at 400 Mbit/s.
+const STREAM_WINDOW_BYTES: u32 = 2 << 20;
+
+/// The same for all streams of a connection, so that a few slow readers do not hold the others up.
+const CONNECTION_WINDOW_BYTES: u32 = 32 << 20;
+
+/// A dead peer is noticed within this and `connect_timeout`, though streams wait on it.
+const H2_PING: Duration = Duration::from_secs(20);
+const KEEPALIVE: Duration = Duration::from_secs(30);

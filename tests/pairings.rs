@@ -1,0 +1,269 @@
+//! Every pairing of sources: one breaks in the middle of a large NAR, the other goes on, and the client sees
+//! one whole response. Real daemons, real sshd, real sockets; what breaks is a connection or a file.
+
+mod builder;
+mod cache_server;
+mod support;
+
+use std::io::{Read as _, Write as _};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use builder::{Builder, nar_of, quick, up};
+use cache_server::{Asking, CacheServer, Fault};
+use muster::cache::memory::UpstreamId;
+use muster::codec::compression::Encoding;
+use muster::codec::decompress::Decoder;
+use muster::nix::path_info::Trust;
+use muster::nix::store_path::{StoreDir, StorePath};
+use muster::substituter::member::Member;
+use muster::substituter::publish::Publisher;
+use muster::substituter::{Setup, Substituter, health};
+use muster::upstream::Upstream;
+use muster::upstream::binary_cache::{BinaryCache, BinaryCacheOptions};
+use muster::upstream::cache_folder::CacheFolder;
+use muster::upstream::daemon::DaemonSocket;
+use muster::upstream::worker::{WorkerSetup, WorkerUpstream};
+use support::{get, key, nar_target, options, serve};
+
+const NAR_BYTES: usize = 6 << 20;
+
+/// After so many bytes of one connection it breaks.
+const BREAK_BYTES: usize = 3 << 20;
+
+/// One kind of source, whole and broken.
+struct Kind {
+    name: &'static str,
+    whole: Arc<dyn Upstream>,
+    broken: Arc<dyn Upstream>,
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_source_goes_on_where_any_other_broke() {
+    let content = noise();
+    let builder = Builder::new();
+    let path = builder.add("large", &content);
+    let daemon = builder.daemon();
+    let sshd = builder.sshd("");
+    let folder = tempfile::tempdir().unwrap();
+    let kinds = kinds(&builder, &daemon.socket, sshd.port, folder.path());
+    for kind in &kinds {
+        up(&*kind.whole).await;
+        up(&*kind.broken).await;
+    }
+    let nar = nar_of(&content);
+    for first in &kinds {
+        for second in &kinds {
+            for encoding in [Encoding::None, Encoding::Zstd] {
+                pair(first, second, encoding, &builder.store_dir, &path, &nar).await;
+            }
+        }
+    }
+}
+
+async fn pair(
+    first: &Kind,
+    second: &Kind,
+    encoding: Encoding,
+    store_dir: &StoreDir,
+    path: &StorePath,
+    nar: &[u8],
+) {
+    let what = format!(
+        "{} breaks, {} goes on, {encoding:?}",
+        first.name, second.name
+    );
+    let member = |number, upstream: &Arc<dyn Upstream>| {
+        let now = tokio::time::Instant::now().into_std();
+        let (upstream, options) = (Arc::clone(upstream), health::Options::default());
+        Arc::new(Member::new(
+            UpstreamId(number),
+            upstream,
+            Trust::Operator,
+            options,
+            now,
+        ))
+    };
+    let (one, two) = (member(0, &first.broken), member(1, &second.whole));
+    let setup = |members| Setup {
+        members,
+        publisher: Publisher {
+            keys: vec![key()],
+            store_dir: store_dir.clone(),
+            encoding,
+        },
+    };
+    let mut options = options();
+    // Nothing stalls here, and the machine may be busy.
+    options.transfer.stall = Duration::from_secs(10);
+    options.transfer.stall_last = Duration::from_secs(20);
+    let substituter = Substituter::new(options, setup(vec![Arc::clone(&one)]));
+    // Found at the first alone, so that it gives the first bytes.
+    assert!(substituter.narinfo(path.hash()).await.is_some(), "{what}");
+    substituter.replace(setup(vec![one, two]));
+    let counted = substituter.clone();
+    let served = serve(substituter).await;
+    let narinfo = get(served.address, &format!("/{}.narinfo", path.hash())).await;
+    let answer = get(served.address, &nar_target(&narinfo)).await;
+    assert!(
+        answer.status == 200 && !answer.cut,
+        "{what}: {}",
+        answer.head
+    );
+    let got = match encoding {
+        Encoding::Zstd => zstd::decode_all(&answer.body[..]).unwrap(),
+        _ => answer.body,
+    };
+    assert!(got == nar, "{what}: {} bytes", got.len());
+    assert_eq!(counted.counters().nar_resumed.value(), 1, "{what}");
+}
+
+fn kinds(builder: &Builder, socket: &Path, port: u16, folder: &Path) -> Vec<Kind> {
+    let over_ssh = |port| Arc::new(builder.over_ssh(builder.target(port), quick()));
+    let over_socket = |socket: PathBuf| {
+        let setup = WorkerSetup {
+            name: "daemon".into(),
+            dial: Arc::new(DaemonSocket::new(socket)),
+            logs: muster::upstream::build_log::BuildLogs::Nowhere,
+            store_dir: builder.store_dir.clone(),
+        };
+        Arc::new(WorkerUpstream::start(setup, quick()))
+    };
+    let mut kinds = vec![
+        Kind {
+            name: "ssh-ng",
+            whole: over_ssh(port),
+            broken: over_ssh(breaking_port(port)),
+        },
+        Kind {
+            name: "daemon",
+            whole: over_socket(socket.to_owned()),
+            broken: over_socket(breaking_socket(socket, &builder.path("breaking"))),
+        },
+    ];
+    for (name, compression) in [
+        ("http none", "none"),
+        ("http zstd", "zstd"),
+        ("http xz", "xz"),
+    ] {
+        let cache = folder.join(compression);
+        builder.write_cache(&cache, compression, &[]);
+        kinds.push(Kind {
+            name,
+            whole: over_http(builder, &cache, false),
+            broken: over_http(builder, &cache, true),
+        });
+    }
+    let whole = folder.join("whole");
+    builder.write_cache(&whole, "zstd", &[]);
+    let broken = folder.join("broken");
+    builder.write_cache(&broken, "zstd", &[]);
+    for file in files(&broken.join("nar")) {
+        let file = std::fs::OpenOptions::new().write(true).open(file).unwrap();
+        file.set_len(file.metadata().unwrap().len() / 2).unwrap();
+    }
+    kinds.push(Kind {
+        name: "file",
+        whole: in_folder(builder, &whole),
+        broken: in_folder(builder, &broken),
+    });
+    kinds
+}
+
+fn in_folder(builder: &Builder, folder: &Path) -> Arc<dyn Upstream> {
+    Arc::new(BinaryCache::start(
+        "file".to_owned(),
+        builder.store_dir.clone(),
+        Arc::new(CacheFolder::new(folder, Duration::from_secs(10))),
+        Decoder::new(2),
+        BinaryCacheOptions::default(),
+    ))
+}
+
+/// Serves what real Nix wrote; the files of the NARs break off in the middle.
+fn over_http(builder: &Builder, folder: &Path, breaking: bool) -> Arc<dyn Upstream> {
+    let server = CacheServer::new();
+    for (below, prefix) in [(folder.to_owned(), "/"), (folder.join("nar"), "/nar/")] {
+        for file in files(&below) {
+            let name = file.file_name().unwrap().to_str().unwrap();
+            let bytes = std::fs::read(&file).unwrap();
+            let target = format!("{prefix}{name}");
+            if breaking && prefix == "/nar/" {
+                server.fault(&target, Some(Fault::Cut(bytes.len() / 2)));
+            }
+            server.put(&target, bytes);
+        }
+    }
+    let mut asking = Asking::at(&server.url());
+    asking.store_dir = builder.store_dir.clone();
+    Arc::new(asking.start())
+}
+
+fn files(folder: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).unwrap().flatten();
+    entries
+        .map(|entry| entry.path())
+        .filter(|path| path.is_file())
+        .collect()
+}
+
+fn noise() -> Vec<u8> {
+    let mut random = fastrand::Rng::with_seed(5);
+    std::iter::repeat_with(|| random.u8(..))
+        .take(NAR_BYTES)
+        .collect()
+}
+
+/// A port that leads to another, until a connection has brought its share.
+fn breaking_port(to: u16) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        for near in listener.incoming().flatten() {
+            let far = TcpStream::connect(("127.0.0.1", to)).unwrap();
+            let (mut up_from, mut up_to) = (near.try_clone().unwrap(), far.try_clone().unwrap());
+            std::thread::spawn(move || std::io::copy(&mut up_from, &mut up_to));
+            std::thread::spawn(move || {
+                relay(&far, &near);
+                _ = (near.shutdown(Shutdown::Both), far.shutdown(Shutdown::Both));
+            });
+        }
+    });
+    port
+}
+
+/// The same for a Unix socket.
+fn breaking_socket(to: &Path, at: &Path) -> PathBuf {
+    let listener = UnixListener::bind(at).unwrap();
+    let to = to.to_owned();
+    std::thread::spawn(move || {
+        for near in listener.incoming().flatten() {
+            let far = UnixStream::connect(&to).unwrap();
+            let (mut up_from, mut up_to) = (near.try_clone().unwrap(), far.try_clone().unwrap());
+            std::thread::spawn(move || std::io::copy(&mut up_from, &mut up_to));
+            std::thread::spawn(move || {
+                relay(&far, &near);
+                _ = (near.shutdown(Shutdown::Both), far.shutdown(Shutdown::Both));
+            });
+        }
+    });
+    at.to_owned()
+}
+
+fn relay<F, T>(mut from: &F, mut to: &T)
+where
+    for<'a> &'a F: std::io::Read,
+    for<'a> &'a T: std::io::Write,
+{
+    let (mut buffer, mut left) = (vec![0; 64 << 10], BREAK_BYTES);
+    while let Ok(size) = from.read(&mut buffer) {
+        let size = size.min(left);
+        if size == 0 || to.write_all(&buffer[..size]).is_err() {
+            return;
+        }
+        left -= size;
+    }
+}
