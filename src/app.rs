@@ -12,7 +12,8 @@ mod binary_caches;
 mod files;
 mod listeners;
 mod reload;
-mod upstreams;
+pub mod sign_all;
+pub(crate) mod upstreams;
 
 use std::time::Duration;
 

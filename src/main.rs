@@ -10,8 +10,11 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Serve(args) => done(cli::serve::run(&args)),
         Command::Key(command) => done(cli::key::run(&command)),
+        Command::SignAll(args) => cli::sign_all::run(&args),
         Command::Cache(args) => cli::cache::run(&args),
         Command::CheckConfig(args) => cli::check_config::run(&args),
+        Command::Check(args) => cli::check::run(&args),
+        Command::Status(args) => cli::status::run(&args),
         Command::Completions(args) => done(cli::completions::run(&args)),
         Command::Man(args) => done(cli::man::run(&args)),
     };

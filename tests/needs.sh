@@ -31,6 +31,12 @@ need_rig() {
         ip:iproute2 openssl:openssl nsenter:util-linux
 }
 
+# What systemd's tools and a booted systemd are needed for: the units, the .deb, the README.
+need_systemd() {
+    need systemd-analyze:systemd systemd-nspawn:systemd-container dpkg-shlibdeps:dpkg-dev nginx:nginx-light curl:curl \
+        "/usr/lib/$(uname -m)-linux-gnu/libnss_systemd.so.2:libnss-systemd" ssh:openssh-client
+}
+
 # Rust by rustup where there is none or too old a one (Debian 12 has 1.63), and a C compiler for the
 # compression libraries.
 need_build() {

@@ -17,6 +17,7 @@ use muster::nix::realisation::DrvOutput;
 use muster::nix::store_path::{StorePath, StorePathHash};
 use muster::upstream::binary_cache::{BinaryCache, BinaryCacheOptions};
 use muster::upstream::cache_folder::CacheFolder;
+use muster::upstream::local::LocalOptions;
 use muster::upstream::memory::Memory;
 use muster::upstream::{Link, NarStream, Upstream};
 use nginx::Nginx;
@@ -249,6 +250,14 @@ async fn daemon_on_a_unix_socket() {
     let (builder, content) = real();
     let daemon = builder.daemon();
     conforms(&builder.over_socket(&daemon, quick()), &content).await;
+}
+
+#[tokio::test]
+async fn own_store_in_place() {
+    let (builder, content) = real();
+    let daemon = builder.daemon();
+    let local = builder.in_place(&daemon.socket, LocalOptions::default());
+    conforms(&local, &content).await;
 }
 
 #[tokio::test]

@@ -1,5 +1,16 @@
 //! Times that were taken in turn, and the table that they make.
 
+#![allow(
+    clippy::allow_attributes,
+    dead_code,
+    reason = "each benchmark uses another part of it"
+)]
+
+pub mod cpu;
+mod curves;
+pub mod load;
+mod plot;
+
 use serde_json::{Value, json};
 
 /// All figures of one run, in the order in which they first came.
@@ -24,7 +35,10 @@ pub struct Series {
 pub enum Unit {
     Seconds,
     Milliseconds,
+    Microseconds,
     Megabytes,
+    Bytes,
+    SecondsPerGb,
 }
 
 /// What a figure is to reach.
@@ -168,7 +182,10 @@ impl Unit {
         match self {
             Self::Seconds => format!("{sample:.3} s"),
             Self::Milliseconds => format!("{sample:.1} ms"),
+            Self::Microseconds => format!("{sample:.1} µs"),
             Self::Megabytes => format!("{sample:.1} MB"),
+            Self::Bytes => format!("{sample:.0} B"),
+            Self::SecondsPerGb => format!("{sample:.3} s/GB"),
         }
     }
 
@@ -176,7 +193,10 @@ impl Unit {
         match self {
             Self::Seconds => "s",
             Self::Milliseconds => "ms",
+            Self::Microseconds => "µs",
             Self::Megabytes => "MB",
+            Self::Bytes => "B",
+            Self::SecondsPerGb => "s/GB",
         }
     }
 }

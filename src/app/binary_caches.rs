@@ -1,7 +1,7 @@
 //! From a configured binary cache to one that is asked: credentials and certificates are read here.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context as _, bail};
 use rustls::ClientConfig;
@@ -23,13 +23,13 @@ use crate::upstream::http_url::CacheUrl;
 pub(super) struct BinaryCaches {
     decoder: Decoder,
     /// Read when the first cache over HTTP starts.
-    tls: Option<Arc<ClientConfig>>,
+    tls: OnceLock<Arc<ClientConfig>>,
 }
 
 impl BinaryCaches {
     /// Starts to ask a cache; it is connected to in the background.
     pub(super) fn start(
-        &mut self,
+        &self,
         upstream: &config::Upstream,
         config: &Config,
     ) -> anyhow::Result<BinaryCache> {
@@ -50,7 +50,7 @@ impl BinaryCaches {
         ))
     }
 
-    fn over_http(&mut self, upstream: &config::Upstream, url: &str) -> anyhow::Result<CacheHttp> {
+    fn over_http(&self, upstream: &config::Upstream, url: &str) -> anyhow::Result<CacheHttp> {
         let cache = CacheUrl::parse(url)?;
         let access = Access {
             credentials: credentials(upstream, cache.host())?,
@@ -72,14 +72,14 @@ impl BinaryCaches {
         ))
     }
 
-    fn tls(&mut self) -> anyhow::Result<Arc<ClientConfig>> {
-        if let Some(tls) = &self.tls {
+    fn tls(&self) -> anyhow::Result<Arc<ClientConfig>> {
+        if let Some(tls) = self.tls.get() {
             return Ok(Arc::clone(tls));
         }
         let file = std::env::var_os("NIX_SSL_CERT_FILE").map(PathBuf::from);
         let file = file.filter(|file| !file.as_os_str().is_empty());
         let tls = tls(file.as_deref())?;
-        Ok(Arc::clone(self.tls.insert(tls)))
+        Ok(Arc::clone(self.tls.get_or_init(|| tls)))
     }
 }
 

@@ -9,7 +9,7 @@ use anyhow::{Context as _, anyhow};
 use tracing::warn;
 
 use crate::cache::memory::UpstreamId;
-use crate::config::{self, Config};
+use crate::config::{self, Config, LocalStore};
 use crate::nix::path_info::Trust;
 use crate::nix::store_uri::StoreKind;
 use crate::nix::store_uri::authority::Authority;
@@ -18,6 +18,8 @@ use crate::substituter::member::Member;
 use crate::upstream::Upstream;
 use crate::upstream::build_log::BuildLogs;
 use crate::upstream::daemon::DaemonSocket;
+use crate::upstream::local::database::Place;
+use crate::upstream::local::{LocalOptions, LocalUpstream};
 use crate::upstream::runtime_dir::RuntimeDir;
 use crate::upstream::ssh::{Ssh, SshOptions, SshTarget};
 use crate::upstream::ssh_command::split_options;
@@ -30,6 +32,11 @@ use super::binary_caches::{self, BinaryCaches};
 pub(super) struct Upstreams {
     running: HashMap<String, Arc<Member>>,
     next: u16,
+    starter: Starter,
+}
+
+/// Starts single upstreams as they are configured; for the server, and for commands that ask themselves.
+pub(crate) struct Starter {
     runtime_dir: Arc<RuntimeDir>,
     ssh_options: Vec<String>,
     binary_caches: BinaryCaches,
@@ -38,23 +45,10 @@ pub(super) struct Upstreams {
 impl Upstreams {
     /// Runs none yet.
     pub(super) fn new() -> anyhow::Result<Self> {
-        let parent = std::env::var_os("RUNTIME_DIRECTORY")
-            .map(PathBuf::from)
-            .unwrap_or_else(std::env::temp_dir);
-        let runtime_dir = RuntimeDir::create(&parent)
-            .with_context(|| {
-                format!(
-                    "cannot make a folder for ssh's files in {}; name another with RUNTIME_DIRECTORY or TMPDIR",
-                    parent.display()
-                )
-            })?;
-        let ssh_options = std::env::var("NIX_SSHOPTS").unwrap_or_default();
         Ok(Self {
             running: HashMap::new(),
             next: 0,
-            runtime_dir: Arc::new(runtime_dir),
-            ssh_options: split_options(&ssh_options)?,
-            binary_caches: BinaryCaches::default(),
+            starter: Starter::new()?,
         })
     }
 
@@ -89,21 +83,7 @@ impl Upstreams {
     }
 
     fn start(&mut self, upstream: &config::Upstream, config: &Config) -> anyhow::Result<Member> {
-        let store: Arc<dyn Upstream> = match upstream.uri.kind() {
-            StoreKind::Http(..) | StoreKind::Https(..) | StoreKind::File(_) => {
-                Arc::new(self.binary_caches.start(upstream, config)?)
-            }
-            _ => {
-                let (dial, logs) = self.dial(upstream, config)?;
-                let setup = WorkerSetup {
-                    name: upstream.name.clone(),
-                    dial,
-                    logs,
-                    store_dir: config.store_dir.clone(),
-                };
-                Arc::new(WorkerUpstream::start(setup, options(upstream, config)))
-            }
-        };
+        let started = self.starter.start(upstream, config)?;
         let id = UpstreamId(self.next);
         self.next = self
             .next
@@ -111,15 +91,58 @@ impl Upstreams {
             .context("too many upstreams over all reloads")?;
         Ok(Member::new(
             id,
-            store,
+            started,
             upstream.trust.clone(),
             health::Options::default(),
             // One that a reload brings gets the patience of a start, too.
             Instant::now(),
         ))
     }
+}
 
-    fn dial(
+impl Starter {
+    /// Makes the folder for ssh's files and reads `NIX_SSHOPTS`.
+    pub(crate) fn new() -> anyhow::Result<Self> {
+        let parent = std::env::var_os("RUNTIME_DIRECTORY")
+            .map(PathBuf::from)
+            .unwrap_or_else(std::env::temp_dir);
+        let runtime_dir = RuntimeDir::create(&parent)
+            .with_context(|| {
+                format!(
+                    "cannot make a folder for ssh's files in {}; name another with RUNTIME_DIRECTORY or TMPDIR",
+                    parent.display()
+                )
+            })?;
+        let ssh_options = std::env::var("NIX_SSHOPTS").unwrap_or_default();
+        Ok(Self {
+            runtime_dir: Arc::new(runtime_dir),
+            ssh_options: split_options(&ssh_options)?,
+            binary_caches: BinaryCaches::default(),
+        })
+    }
+
+    /// Begins to connect to one upstream; must be called in a runtime.
+    pub(crate) fn start(
+        &self,
+        upstream: &config::Upstream,
+        config: &Config,
+    ) -> anyhow::Result<Arc<dyn Upstream>> {
+        if let StoreKind::Http(..) | StoreKind::Https(..) | StoreKind::File(_) = upstream.uri.kind()
+        {
+            return Ok(Arc::new(self.binary_caches.start(upstream, config)?));
+        }
+        let (dial, logs) = self.dial(upstream, config)?;
+        let setup = WorkerSetup {
+            name: upstream.name.clone(),
+            dial,
+            logs,
+            store_dir: config.store_dir.clone(),
+        };
+        run(setup, upstream, config)
+    }
+
+    /// Returns the way to an upstream's daemon, and to its build logs.
+    pub(crate) fn dial(
         &self,
         upstream: &config::Upstream,
         config: &Config,
@@ -132,12 +155,7 @@ impl Upstreams {
             StoreKind::Daemon | StoreKind::Local(None) => Ok(local(config.daemon_socket.clone())),
             StoreKind::Unix(path) => Ok(local(path.into())),
             StoreKind::Ssh(authority) | StoreKind::SshNg(authority) => {
-                let target = self.target(upstream, authority);
-                let options = SshOptions {
-                    connect_timeout: upstream.connect_timeout,
-                    ..SshOptions::default()
-                };
-                let ssh = Arc::new(Ssh::new(target, options, Arc::clone(&self.runtime_dir))?);
+                let ssh = Arc::new(self.ssh(upstream, authority, &[])?);
                 let logs = BuildLogs::Command {
                     nix_store: ssh.nix_store(),
                     dial: Arc::clone(&ssh) as Arc<dyn Dial>,
@@ -157,6 +175,23 @@ impl Upstreams {
         }
     }
 
+    /// Returns the way to log in to a builder, with further words for ssh.
+    pub(crate) fn ssh(
+        &self,
+        upstream: &config::Upstream,
+        authority: &Authority,
+        more_options: &[&str],
+    ) -> anyhow::Result<Ssh> {
+        let mut target = self.target(upstream, authority);
+        let more = more_options.iter().map(|word| (*word).to_owned());
+        target.options.extend(more);
+        let options = SshOptions {
+            connect_timeout: upstream.connect_timeout,
+            ..SshOptions::default()
+        };
+        Ok(Ssh::new(target, options, Arc::clone(&self.runtime_dir))?)
+    }
+
     fn target(&self, upstream: &config::Upstream, authority: &Authority) -> SshTarget {
         let settings = upstream.uri.settings();
         SshTarget {
@@ -173,6 +208,37 @@ impl Upstreams {
     }
 }
 
+/// Runs an upstream over a daemon; this machine's own store is read in place where it can be.
+fn run(
+    setup: WorkerSetup,
+    upstream: &config::Upstream,
+    config: &Config,
+) -> anyhow::Result<Arc<dyn Upstream>> {
+    let worker = options(upstream, config);
+    let Some(place) = own_place(upstream, config) else {
+        return Ok(Arc::new(WorkerUpstream::start(setup, worker)));
+    };
+    let options = LocalOptions {
+        worker,
+        ..LocalOptions::default()
+    };
+    let local = LocalUpstream::start(place, setup, options);
+    Ok(Arc::new(local.context("cannot start a thread")?))
+}
+
+/// Finds where an upstream's store lies on this machine, if that is to be read.
+fn own_place(upstream: &config::Upstream, config: &Config) -> Option<Place> {
+    let own = matches!(
+        upstream.uri.kind(),
+        StoreKind::Daemon | StoreKind::Local(None)
+    );
+    // A socket in another place belongs to a daemon of another store.
+    let beside = config.nix_state_dir.join("daemon-socket/socket");
+    let same = config.daemon_socket == beside;
+    let place = Place::new(&config.nix_state_dir, config.store_dir.clone());
+    (own && same && config.local_store == LocalStore::Auto).then_some(place)
+}
+
 fn options(upstream: &config::Upstream, config: &Config) -> WorkerOptions {
     let mut options = WorkerOptions::default();
     for session in [
@@ -183,7 +249,7 @@ fn options(upstream: &config::Upstream, config: &Config) -> WorkerOptions {
         session.connect_timeout = upstream.connect_timeout;
     }
     options.standing.query_timeout = upstream.query_timeout;
-    options.standing.batch_timeout = upstream.query_timeout;
+    options.standing.batch_timeout = options.standing.batch_timeout.max(upstream.query_timeout);
     options.roots.query_timeout = upstream.query_timeout;
     options.roots.lifetime = config.roots_lifetime;
     options.pool.large_max = upstream.nar_transfers_max;
@@ -197,7 +263,7 @@ fn said(upstream: &config::Upstream, config: &Config) -> String {
         Trust::Keys(keys) => format!("{keys:?}"),
     };
     format!(
-        "{:?} {} {trust} {:?} {:?} {:?} {} {:?} {} {:?} {} {:?}",
+        "{:?} {} {trust} {:?} {:?} {:?} {} {:?} {:?} {} {:?} {} {:?}",
         upstream.uri,
         upstream.name,
         upstream.ssh_key,
@@ -205,6 +271,7 @@ fn said(upstream: &config::Upstream, config: &Config) -> String {
         upstream.query_timeout,
         upstream.nar_transfers_max,
         config.daemon_socket,
+        config.local_store,
         config.store_dir,
         config.roots_lifetime,
         binary_caches::said(upstream),

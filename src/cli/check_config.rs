@@ -17,7 +17,7 @@ use crate::nix::path_info::Trust;
 /// the line out, but Nix refuses the whole file.
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// Configuration file, TOML or JSON [default: /etc/muster/config.toml, if it is there]
+    /// Configuration file, TOML or JSON [default: /etc/muster/muster.toml or config.toml, if there]
     #[arg(value_name = "FILE", env = "MUSTER_CONFIG")]
     pub file: Option<PathBuf>,
     /// Write JSON

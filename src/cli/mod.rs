@@ -1,12 +1,20 @@
 //! The command line: one file per subcommand, and what they share.
 
 pub mod cache;
+pub mod check;
 pub mod check_config;
 pub mod completions;
+mod http;
 pub mod key;
 pub mod logging;
 pub mod man;
+mod nix_conf;
+mod page;
 pub mod serve;
+pub mod settings;
+pub mod sign_all;
+pub mod status;
+mod units;
 
 use std::io::{self, ErrorKind, IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
@@ -42,10 +50,16 @@ pub enum Command {
     /// Make signing keys and show their public halves
     #[command(subcommand)]
     Key(key::Command),
+    /// Sign every path that stores already have
+    SignAll(Box<sign_all::Args>),
     /// Look after the NARs that are kept on disk
     Cache(cache::Args),
     /// Say what a configuration means, or what is wrong with it
     CheckConfig(check_config::Args),
+    /// Check whether everything is set up right, and say what to do where it is not
+    Check(Box<check::Args>),
+    /// Show how a running muster and its upstreams are
+    Status(status::Args),
     /// Write a completion script for a shell
     Completions(completions::Args),
     /// Write the manual pages
@@ -90,8 +104,13 @@ fn load(
     flags: impl FnOnce(&mut RawConfig),
     look: Look,
 ) -> anyhow::Result<(Option<PathBuf>, Config)> {
-    let usual = Path::new(CONFIG_FILE);
-    let path = named.or_else(|| usual.exists().then_some(usual));
+    let usual = || {
+        CONFIG_FILES
+            .map(Path::new)
+            .into_iter()
+            .find(|path| path.exists())
+    };
+    let path = named.or_else(usual);
     let file = path.map(ConfigFile::open).transpose()?;
     let mut raw = match &file {
         Some(file) => file.parse()?,
@@ -102,8 +121,8 @@ fn load(
     Ok((path.map(Path::to_owned), config))
 }
 
-/// Read when no other is named.
-const CONFIG_FILE: &str = "/etc/muster/config.toml";
+/// The first of them that is there is read when no other is named; the packages' file goes first.
+const CONFIG_FILES: [&str; 2] = ["/etc/muster/muster.toml", "/etc/muster/config.toml"];
 
 const LONG_ABOUT: &str = "\
 Muster gathers the stores of many Nix builders into one signed HTTP substituter. A client adds one \

@@ -22,8 +22,8 @@ use crate::nix::store_uri::StoreUri;
 pub struct Args {
     /// Configuration file, TOML or JSON; flags win over it
     ///
-    /// Without this flag /etc/muster/config.toml is read if it is there. Unknown keys are refused, with
-    /// the line; `muster check-config FILE` says what a file means.
+    /// Without this flag /etc/muster/muster.toml is read if it is there, else /etc/muster/config.toml.
+    /// Unknown keys are refused, with the line; `muster check-config FILE` says what a file means.
     #[arg(long, value_name = "FILE", env = "MUSTER_CONFIG")]
     pub config: Option<PathBuf>,
 
@@ -228,6 +228,6 @@ Environment:
   NO_COLOR                    no colours on a terminal
 
 Files:
-  /etc/muster/config.toml        configuration, if it is there
+  /etc/muster/muster.toml        configuration, if it is there; else /etc/muster/config.toml
   /etc/nix/machines              builders
   STATE_DIRECTORY/secret-key     the key made at the first start; its public half is beside it";

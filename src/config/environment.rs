@@ -18,6 +18,8 @@ pub struct Environment {
     pub credentials_dir: Option<PathBuf>,
     /// The socket of this machine's daemon: `$NIX_DAEMON_SOCKET_PATH`, or the usual one.
     pub daemon_socket: PathBuf,
+    /// Where this machine's Nix keeps its database: `$NIX_STATE_DIR`, or the usual place.
+    pub nix_state_dir: PathBuf,
     /// Where this machine's Nix keeps its build logs: `$NIX_LOG_DIR`, or the usual place.
     pub log_dir: PathBuf,
     /// This machine's name.
@@ -62,6 +64,7 @@ impl Environment {
             cache_dir: systemd("CACHE_DIRECTORY").or_else(cache_dir),
             credentials_dir: folder("CREDENTIALS_DIRECTORY"),
             daemon_socket: folder("NIX_DAEMON_SOCKET_PATH").unwrap_or_else(|| DAEMON_SOCKET.into()),
+            nix_state_dir: folder("NIX_STATE_DIR").unwrap_or_else(|| DEFAULT_NIX_STATE_DIR.into()),
             log_dir: folder("NIX_LOG_DIR").unwrap_or_else(|| DEFAULT_LOG_DIR.into()),
             hostname: String::new(),
             cores: 1,
@@ -90,6 +93,7 @@ pub fn hostname() -> String {
     }
 }
 
+const DEFAULT_NIX_STATE_DIR: &str = "/nix/var/nix";
 const DEFAULT_LOG_DIR: &str = "/nix/var/log/nix";
 const ROOT_CACHE_DIR: &str = "/var/cache/muster";
 const ROOT_STATE_DIR: &str = "/var/lib/muster";

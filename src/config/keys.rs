@@ -275,6 +275,7 @@ mod tests {
             state_dir: Some(dir.join("a/state")),
             credentials_dir: Some(dir.join("credentials")),
             daemon_socket: dir.join("socket"),
+            nix_state_dir: dir.join("nix"),
             log_dir: dir.join("log"),
             hostname: "host".to_owned(),
             cores: 1,

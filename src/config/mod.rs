@@ -41,6 +41,10 @@ pub struct Config {
     pub daemon_socket: PathBuf,
     /// The folder of this machine's build logs.
     pub log_dir: PathBuf,
+    /// Where this machine's Nix keeps its database.
+    pub nix_state_dir: PathBuf,
+    /// How this machine's own store is read.
+    pub local_store: LocalStore,
     /// Keys that sign each path, of different names; none only where files were not to be read, or
     /// the default key was not to be made.
     pub secret_keys: Vec<SecretKey>,
@@ -108,6 +112,16 @@ pub enum CompressionSetting {
     Xz,
 }
 
+/// How this machine's own store is read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LocalStore {
+    /// Its database and files in place; through its daemon where that cannot be.
+    #[default]
+    Auto,
+    /// Through its daemon.
+    Daemon,
+}
+
 /// How the log is written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LogFormat {
@@ -125,6 +139,8 @@ pub enum Look {
     ToServe,
     /// Everything, and nothing is made.
     ToCheck,
+    /// Everything but keys: they are looked at apart, or cannot be read by this user.
+    NotAtKeys,
     /// Neither keys nor machines: they may be on another machine.
     NotAtFiles,
 }
@@ -173,6 +189,8 @@ impl Config {
             upstreams: upstreams.list,
             daemon_socket: environment.daemon_socket.clone(),
             log_dir: environment.log_dir.clone(),
+            nix_state_dir: environment.nix_state_dir.clone(),
+            local_store: raw.local_store.map(|store| store.0).unwrap_or_default(),
             secret_keys: keys.files.iter().map(|file| file.key.clone()).collect(),
             secret_key_files: keys.files.into_iter().map(|file| file.path).collect(),
             generated_key: keys.generated,
@@ -222,7 +240,7 @@ impl Keys {
         let if_none = match look {
             Look::ToServe => DefaultKey::Make,
             Look::ToCheck => DefaultKey::LookOnly,
-            Look::NotAtFiles => return Ok(keys),
+            Look::NotAtKeys | Look::NotAtFiles => return Ok(keys),
         };
         for path in raw.secret_key_files.iter().flat_map(|list| &list.0) {
             let at = || At(file.and_then(|file| file.locate(&path.0.to_string_lossy())));

@@ -13,7 +13,7 @@ use super::values::{
     Bytes, Count, FromText, HostPattern, List, MachinesSetting, Number, PositiveSeconds, Seconds,
     Text,
 };
-use super::{CompressionSetting, LogFormat};
+use super::{CompressionSetting, LocalStore, LogFormat};
 use crate::nix::signature::PublicKey;
 use crate::nix::store_path::StoreDir;
 use crate::nix::store_uri::StoreUri;
@@ -30,6 +30,8 @@ pub struct RawConfig {
     pub machines: Option<MachinesSetting>,
     /// Whether this machine's own daemon is asked; not said: where there is one.
     pub local_daemon: Option<bool>,
+    /// How this machine's own store is read.
+    pub local_store: Option<Text<LocalStore>>,
     /// Files of the keys that sign; none: one is made in the state directory.
     pub secret_key_files: Option<List<Text<PathBuf>>>,
     /// The directory of all store paths.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use serde::de::{self, Deserialize, Deserializer, SeqAccess, Visitor};
 
 use super::listen::{ListenAddress, ListenError};
-use super::{CompressionSetting, LogFormat};
+use super::{CompressionSetting, LocalStore, LogFormat};
 use crate::nix::signature::PublicKey;
 use crate::nix::store_path::StoreDir;
 use crate::nix::store_uri::{StoreKind, StoreUri};
@@ -139,6 +139,18 @@ impl FromText for CompressionSetting {
     fn from_text(text: &str) -> Result<Self, String> {
         let found = Self::ALL.into_iter().find(|setting| setting.name() == text);
         found.ok_or_else(|| format!("{text:?} is not {}", Self::EXPECTED))
+    }
+}
+
+impl FromText for LocalStore {
+    const EXPECTED: &'static str = "auto or daemon";
+
+    fn from_text(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "daemon" => Ok(Self::Daemon),
+            _ => Err(format!("{text:?} is not {}", Self::EXPECTED)),
+        }
     }
 }
 

@@ -1,6 +1,11 @@
 //! Figures of one running substituter, for people and scripts.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// When counting began.
+#[derive(Clone, Copy, Debug)]
+pub struct Started(Instant);
 
 /// A number that only grows.
 #[derive(Debug, Default)]
@@ -9,6 +14,8 @@ pub struct Counter(AtomicU64);
 /// What happened since start.
 #[derive(Debug, Default)]
 pub struct Counters {
+    /// When this substituter started.
+    pub started: Started,
     /// Narinfos asked for.
     pub narinfo_requests: Counter,
     /// Narinfos answered from memory.
@@ -33,6 +40,19 @@ pub struct Counters {
     pub nar_cut: Counter,
     /// NARs whose bytes did not fit the narinfo.
     pub nar_corrupt: Counter,
+}
+
+impl Started {
+    /// Returns for how long it has been counted.
+    pub fn elapsed(&self) -> Duration {
+        super::now().saturating_duration_since(self.0)
+    }
+}
+
+impl Default for Started {
+    fn default() -> Self {
+        Self(super::now())
+    }
 }
 
 impl Counter {

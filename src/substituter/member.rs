@@ -9,10 +9,11 @@ use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
 use crate::cache::memory::UpstreamId;
-use crate::nix::path_info::{Trust, Verified};
+use crate::nix::path_info::{PathInfo, Trust, Verified};
 use crate::nix::store_path::{StoreDir, StorePathHash};
-use crate::upstream::{Error, Link, Upstream};
+use crate::upstream::{Error, Link, NarStream, Upstream};
 
+use super::figures::Figures;
 use super::health::{self, Record, Standing};
 use super::now;
 
@@ -37,6 +38,8 @@ pub struct Member {
     pub refused: AtomicU64,
     /// Path infos that were found here.
     pub found: AtomicU64,
+    /// How quickly it answers, what it gave, what went wrong last.
+    pub figures: Figures,
 }
 
 /// What came of asking one upstream for a path.
@@ -70,12 +73,15 @@ impl Member {
             in_care: AtomicBool::new(false),
             refused: AtomicU64::new(0),
             found: AtomicU64::new(0),
+            figures: Figures::default(),
         }
     }
 
     /// Returns the state of its standing connection.
     pub fn link(&self) -> Link {
-        self.link.borrow().clone()
+        let link = self.link.borrow().clone();
+        self.figures.observe(&link, now());
+        link
     }
 
     /// Decides whether questions wait for it.
@@ -131,6 +137,8 @@ impl Member {
     ///
     /// Dropped, the question is abandoned.
     pub async fn path_info(&self, hash: StorePathHash, store_dir: &StoreDir) -> Answer {
+        self.figures.asked.fetch_add(1, Ordering::Relaxed);
+        let begun = now();
         let answer = tokio::select! {
             answer = self.upstream.kept_path_info(hash) => answer,
             () = self.sickness() => {
@@ -138,6 +146,10 @@ impl Member {
                 return Answer::Unknown;
             }
         };
+        if answer.is_ok() {
+            let took = now().saturating_duration_since(begun);
+            self.figures.answered(took);
+        }
         match self.note(answer) {
             Ok(None) => Answer::Absent,
             Err(error) => {
@@ -150,12 +162,26 @@ impl Member {
                 warn!(upstream = self.upstream.name(), path.hash = %hash, %path, "answered with another path");
                 Answer::Unknown
             }
-            Ok(Some(claim)) => self.verify(claim, store_dir),
+            Ok(Some(claim)) => {
+                let answer = self.verify(claim, store_dir);
+                if matches!(answer, Answer::Found(_)) {
+                    self.figures.hits.fetch_add(1, Ordering::Relaxed);
+                }
+                answer
+            }
         }
     }
 
+    /// Opens the NAR of a path; its bytes are counted as they are read.
+    ///
+    /// Dropped, it is given up as the upstream says.
+    pub async fn nar(&self, info: &PathInfo) -> Result<Option<NarStream>, Error> {
+        let nar = self.upstream.nar(info).await?;
+        Ok(nar.map(|nar| self.figures.count(nar)))
+    }
+
     /// Checks a claim of this upstream against the operator's trust in it.
-    pub fn verify(&self, claim: crate::nix::path_info::PathInfo, store_dir: &StoreDir) -> Answer {
+    pub fn verify(&self, claim: PathInfo, store_dir: &StoreDir) -> Answer {
         match claim.verify(&self.trust, store_dir) {
             Ok(verified) => {
                 self.found.fetch_add(1, Ordering::Relaxed);
@@ -177,6 +203,9 @@ impl Member {
 
     /// Counts an answer for or against the upstream's health, and hands it on.
     pub fn note<T>(&self, answer: Result<T, Error>) -> Result<T, Error> {
+        if let Err(error) = &answer {
+            self.figures.failed(error, now());
+        }
         let mut record = self.record();
         match &answer {
             Ok(_) | Err(Error::Remote(_)) => record.timeouts = 0,

@@ -13,6 +13,7 @@ mod berth;
 mod care;
 pub mod closure;
 pub mod counters;
+pub mod figures;
 pub mod health;
 pub mod member;
 pub mod nar_url;

@@ -1,7 +1,35 @@
-//! The state of a substituter as JSON, for `/healthz` and for people who ask.
+//! The state of a substituter as JSON: `/healthz`, and what `muster status --json` prints.
+//!
+//! The form is stable: keys are added, never renamed, removed or given another meaning. Times are in
+//! milliseconds, sizes in bytes, counts since start; `null` stands for "not known" or "none".
+//!
+//! ```text
+//! status      "ok", or "degraded" while an upstream is sick
+//! version     of the program
+//! uptime-ms   since start
+//! upstreams   one object each, in the order of the configuration:
+//!   uri             its name
+//!   state           "connecting", "well" or "sick"
+//!   trusted         whether the operator vouches for it
+//!   peer            what answers there, "Nix 2.18.1, protocol 1.35"
+//!   error           why it is not connected
+//!   retry-in-ms     until it is connected to anew
+//!   last-error      { error, age-ms }: the last of any question or attempt, also if all is well since
+//!   latency-ms      median of its latest 64 look-ups
+//!   asked  hits     look-ups by clients that it was asked, and those it had the path of
+//!   found           path infos found there, fetched ahead among them
+//!   refused         answers that were not believed
+//!   nars  nar-bytes NARs begun there, and their bytes that were read
+//! narinfo     requests, memory-hits, found, prefetched, absent, absent-without-full-knowledge (404s
+//!             said while somebody could not be asked), divergent (paths), in-memory
+//! nar         requests, bytes (before compression), absent, resumed, cut, corrupt
+//! divergent   the first 100 paths of which upstreams have different NARs:
+//!             { path, served (NAR hash), upstream, nar-hash }
+//! ```
 
+use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -25,6 +53,7 @@ impl Substituter {
         json!({
             "status": if sick { "degraded" } else { "ok" },
             "version": env!("CARGO_PKG_VERSION"),
+            "uptime-ms": milliseconds(counters.started.elapsed()),
             "upstreams": upstreams,
             "narinfo": {
                 "requests": counters.narinfo_requests.value(),
@@ -44,7 +73,28 @@ impl Substituter {
                 "cut": counters.nar_cut.value(),
                 "corrupt": counters.nar_corrupt.value(),
             },
+            "divergent": self.divergences(),
         })
+    }
+
+    fn divergences(&self) -> Vec<Value> {
+        let setup = self.setup();
+        let store_dir = &setup.publisher.store_dir;
+        let divergent = &self.shared.divergent;
+        let divergent = divergent.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all: Vec<_> = divergent.values().collect();
+        all.sort_unstable_by(|a, b| a.path.cmp(&b.path));
+        let first = all.into_iter().take(DIVERGENT_SHOWN_MAX);
+        first
+            .map(|it| {
+                json!({
+                    "path": store_dir.join(&it.path),
+                    "served": it.served.to_string(),
+                    "upstream": it.upstream,
+                    "nar-hash": it.other.to_string(),
+                })
+            })
+            .collect()
     }
 }
 
@@ -59,13 +109,32 @@ fn member(member: &Member, now: Instant) -> Value {
         Link::Down { error, .. } => (None, Some(error.to_string())),
         Link::Connecting { .. } => (None, None),
     };
+    let figures = &member.figures;
+    let last_error = figures.last_error().map(|last| {
+        let age = now.saturating_duration_since(last.at);
+        json!({ "error": &*last.text, "age-ms": milliseconds(age) })
+    });
     json!({
         "uri": member.upstream.name(),
         "state": state,
         "peer": peer,
         "error": error,
+        "retry-in-ms": figures.retry_in(now).map(milliseconds),
+        "last-error": last_error,
+        "latency-ms": figures.latency().map(|latency| latency.as_secs_f64() * 1e3),
         "trusted": member.is_trusted(),
+        "asked": figures.asked.load(Ordering::Relaxed),
+        "hits": figures.hits.load(Ordering::Relaxed),
         "found": member.found.load(Ordering::Relaxed),
         "refused": member.refused.load(Ordering::Relaxed),
+        "nars": figures.nars.load(Ordering::Relaxed),
+        "nar-bytes": figures.bytes(),
     })
 }
+
+fn milliseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Enough to see a pattern; the log names each.
+const DIVERGENT_SHOWN_MAX: usize = 100;

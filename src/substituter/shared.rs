@@ -2,6 +2,7 @@
 //!
 //! Bookkeeping only: who holds what, what is published, what is kept alive. Whom to ask is `query`'s.
 
+use std::collections::hash_map::Entry as MapEntry;
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
@@ -15,7 +16,7 @@ use crate::cache::single_flight::SingleFlight;
 use crate::codec::compression::Encoder;
 use crate::nix::hash::NarHash;
 use crate::nix::path_info::{PathInfo, Verified};
-use crate::nix::store_path::StorePathHash;
+use crate::nix::store_path::{StorePath, StorePathHash};
 
 use super::berth::Berths;
 use super::counters::Counters;
@@ -34,7 +35,7 @@ pub(super) struct Shared {
     pub(super) counters: Counters,
     pub(super) tasks: Tasks,
     /// Paths of which two holders have different NARs. Bounded by `DIVERGENT_MAX`.
-    pub(super) divergent: Mutex<HashSet<StorePathHash>>,
+    pub(super) divergent: Mutex<HashMap<StorePathHash, Divergence>>,
     /// Hash parts whose revalidation is under way.
     pub(super) revalidating: Mutex<HashSet<StorePathHash>>,
     /// Random hash parts that upstreams are asked for, to see whether they lead back here.
@@ -47,6 +48,15 @@ pub(super) struct Shared {
     pub(super) encoder: Encoder,
     /// Streams of transfers whose clients do not read at the moment.
     pub(super) berths: Berths,
+}
+
+/// A path of which an upstream has another NAR than the one that is served.
+#[derive(Clone, Debug)]
+pub(super) struct Divergence {
+    pub(super) path: StorePath,
+    pub(super) served: NarHash,
+    pub(super) other: NarHash,
+    pub(super) upstream: String,
 }
 
 impl Shared {
@@ -144,7 +154,16 @@ impl Shared {
             .divergent
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        if divergent.len() < DIVERGENT_MAX && divergent.insert(info.path.hash()) {
+        let known = divergent.len();
+        if let MapEntry::Vacant(place) = divergent.entry(info.path.hash())
+            && known < DIVERGENT_MAX
+        {
+            place.insert(Divergence {
+                path: info.path.clone(),
+                served: entry.nar_hash,
+                other: info.nar_hash,
+                upstream: member.upstream.name().to_owned(),
+            });
             warn!(
                 path = %info.path,
                 served = %entry.nar_hash,
@@ -236,7 +255,7 @@ impl Shared {
     }
 }
 
-/// Beyond it divergence is logged no more; each takes 20 bytes and a line in the log.
+/// Beyond it divergence is noted no more; each takes some 300 bytes and a line in the log.
 const DIVERGENT_MAX: usize = 10_000;
 const CORRUPT_MAX: u64 = 10_000;
 /// Time after which a builder that gave wrong bytes is tried again; it may have been repaired.

@@ -72,7 +72,7 @@ impl Source {
             }
             let (shared, info) = (Arc::clone(&self.shared), Arc::clone(&self.info));
             let opened = tokio::select! {
-                opened = member.upstream.nar(&info) => opened,
+                opened = member.nar(&info) => opened,
                 () = member.sickness() => Err(upstream::Error::Down("it is sick".into())),
                 never = shared.berths.make_room(member.id) => match never {},
                 () = self.another_after_stall() => {

@@ -10,6 +10,7 @@ pub mod cache_files;
 pub mod cache_folder;
 pub mod cache_http;
 mod cache_link;
+pub mod closures;
 pub mod connection;
 pub mod daemon;
 pub mod dialect;
@@ -18,13 +19,17 @@ pub mod http_client;
 pub mod http_credentials;
 pub mod http_url;
 mod leased;
+pub mod local;
 pub mod memory;
 pub mod pool;
 mod pool_choice;
 mod realisations;
 pub mod roots;
 pub mod runtime_dir;
+pub mod serve_session;
+pub mod served;
 pub mod session;
+pub mod signing;
 mod slots;
 pub mod ssh;
 pub mod ssh_command;
@@ -42,6 +47,8 @@ use bytes::Bytes;
 use futures_util::stream::BoxStream;
 use tokio::sync::watch;
 
+use closures::Closures;
+
 use crate::nix::build_trace::{BuildTraceEntry, BuildTraceKey};
 use crate::nix::path_info::PathInfo;
 use crate::nix::realisation::{DrvOutput, Realisation};
@@ -52,6 +59,15 @@ use crate::nix::store_path::{StorePath, StorePathHash};
 /// The stream ends after exactly the NAR; an item that is an error is the last. Dropping it
 /// abandons the NAR and frees what carried it. Hash and size are the reader's to check.
 pub type NarStream = BoxStream<'static, Result<Bytes, Error>>;
+
+/// A NAR with what its store says for it.
+pub enum OpenedNar {
+    /// Hash and size are the reader's to check.
+    Unchecked(NarStream),
+    /// The store holds the last chunk back until it knows that the NAR is the promised one, and fails
+    /// else: whoever reads the stream to its end has the right bytes, and need not hash them.
+    Checked(NarStream),
+}
 
 /// One store that can be asked. Every method may be called any number of times at once.
 ///
@@ -87,8 +103,20 @@ pub trait Upstream: Send + Sync + 'static {
     /// An error of one question fails it alone; when the connection breaks, the rest fails too.
     async fn path_infos(&self, paths: &[StorePath]) -> Vec<Result<Option<PathInfo>, Error>>;
 
+    /// Returns who tells whole closures at once, where that is possible just now and worth it.
+    ///
+    /// `None`: they are fetched level by level, by [`path_infos`](Upstream::path_infos).
+    fn closures(&self) -> Option<Arc<dyn Closures>> {
+        None
+    }
+
     /// Opens the NAR of a path; `Ok(None)` when the path is gone.
     async fn nar(&self, info: &PathInfo) -> Result<Option<NarStream>, Error>;
+
+    /// Opens the NAR of a path as [`nar`](Upstream::nar) does, and tells whether it is to be hashed.
+    async fn open_nar(&self, info: &PathInfo) -> Result<Option<OpenedNar>, Error> {
+        Ok(self.nar(info).await?.map(OpenedNar::Unchecked))
+    }
 
     /// Keeps a path from that store's garbage collection for a while; `false`: it is gone.
     async fn keep(&self, path: &StorePath) -> Result<bool, Error>;

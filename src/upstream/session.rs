@@ -3,12 +3,14 @@
 use std::time::Duration;
 
 use futures_util::FutureExt as _;
+use futures_util::stream::BoxStream;
 use tokio::time::{Instant, timeout};
 
 use super::connection::{Connection, ConnectionOptions};
 use super::wire::{Dial, Guard, Purpose};
 use super::{Error, NarStream};
 use crate::nix::store_path::StorePath;
+use crate::nix::worker_protocol::Peer;
 use crate::nix::worker_protocol::reply::Reply;
 use crate::nix::worker_protocol::request::Request;
 
@@ -66,6 +68,16 @@ impl Session {
         self.connection.peer().to_string()
     }
 
+    /// Returns what the daemon told of itself.
+    pub fn daemon(&self) -> &Peer {
+        self.connection.peer()
+    }
+
+    /// Lists all paths of the store, without a bound in time; see [`Connection::all_paths`].
+    pub fn all_paths(&self) -> Result<BoxStream<'static, Result<Vec<StorePath>, Error>>, Error> {
+        self.connection.all_paths()
+    }
+
     /// Asks one question, without a bound in time.
     pub async fn ask(&self, request: Request) -> Result<Reply, Error> {
         self.connection.ask(request).await.map_err(elsewhere)
@@ -74,6 +86,30 @@ impl Session {
     /// Asks many questions, without a bound in time.
     pub async fn ask_many(&self, requests: Vec<Request>) -> Vec<Result<Reply, Error>> {
         let answers = self.connection.ask_many(requests).await.into_iter();
+        answers.map(|answer| answer.map_err(elsewhere)).collect()
+    }
+
+    /// Asks many questions until `enough` says why they are given up; what came until then counts.
+    ///
+    /// `enough` is called with how many are answered whenever `tick` has passed.
+    pub async fn ask_many_until(
+        &self,
+        requests: Vec<Request>,
+        tick: Duration,
+        mut enough: impl FnMut(usize) -> Option<Error>,
+    ) -> Vec<Result<Reply, Error>> {
+        let mut many = self.connection.begin_many(requests);
+        let given_up = loop {
+            match timeout(tick, many.settled()).await {
+                Ok(()) => break None,
+                Err(_) => {
+                    if let Some(error) = enough(many.answered()) {
+                        break Some(error);
+                    }
+                }
+            }
+        };
+        let answers = many.finish(given_up).into_iter();
         answers.map(|answer| answer.map_err(elsewhere)).collect()
     }
 

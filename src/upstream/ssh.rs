@@ -5,6 +5,7 @@
 //! delay them by seconds (one 2 MiB window, one core), and for NARs a private ControlMaster gained
 //! nothing. Source: `libstore/ssh.cc`, ssh(1), ssh_config(5).
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,7 +16,7 @@ use tokio::sync::Semaphore;
 use super::Error;
 use super::runtime_dir::RuntimeDir;
 use super::ssh_command;
-use super::ssh_process::{self, Process};
+use super::ssh_process::{self, Attempt, Process};
 use super::wire::{Bounds, Dial, Guard, Output, Purpose, Wire};
 
 /// Where and how to log in, as a store URI and the environment say.
@@ -117,21 +118,57 @@ impl Ssh {
         ssh_command::nix_store(&self.target)
     }
 
+    /// Runs words in the account's shell once, and gives what came of it even if ssh itself failed.
+    ///
+    /// Dropped, it ends the process.
+    pub async fn attempt(&self, command: &[String], bounds: Bounds) -> Result<Attempt, Error> {
+        self.start(Purpose::Nar, command)?.attempt(bounds).await
+    }
+
+    /// Returns what ssh would heed on this login, `key value` a line, without logging in (`ssh -G`).
+    pub async fn heeded(&self, bounds: Bounds) -> Result<String, Error> {
+        let mut arguments = vec!["-G".into()];
+        arguments.extend(self.arguments(Purpose::Nar, &[]));
+        let host = self.target.host.clone();
+        let started = Process::start(&self.options.program, &arguments, host, false)?;
+        let output = started.output(bounds).await?;
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// Returns the words that run the daemon, for the account's shell.
+    pub fn daemon(&self) -> Vec<String> {
+        ssh_command::daemon(&self.target)
+    }
+
+    /// Tells whether a single host key is accepted.
+    pub fn pins_host_key(&self) -> bool {
+        self.known_hosts.is_some()
+    }
+
+    fn wire(&self, purpose: Purpose, remote: &[String]) -> Result<Wire, Error> {
+        let started = self.start(purpose, remote)?;
+        Ok(Wire {
+            reader: Box::new(started.stdout),
+            writer: Box::new(started.stdin),
+            guard: Guard::of_process(started.process),
+        })
+    }
+
     fn start(&self, purpose: Purpose, remote: &[String]) -> Result<ssh_process::Started, Error> {
+        let arguments = self.arguments(purpose, remote);
+        let target = self.target.host.clone();
+        let pinned = self.known_hosts.is_some();
+        Process::start(&self.options.program, &arguments, target, pinned)
+    }
+
+    fn arguments(&self, purpose: Purpose, remote: &[String]) -> Vec<OsString> {
         let login = ssh_command::Login {
             target: &self.target,
             known_hosts: self.known_hosts.as_deref(),
             connect_timeout: self.options.connect_timeout,
             purpose,
         };
-        let target = self.target.host.clone();
-        let pinned = self.known_hosts.is_some();
-        Process::start(
-            &self.options.program,
-            &login.arguments(remote),
-            target,
-            pinned,
-        )
+        login.arguments(remote)
     }
 }
 
@@ -148,12 +185,11 @@ impl Default for SshOptions {
 #[async_trait]
 impl Dial for Ssh {
     async fn dial(&self, purpose: Purpose) -> Result<Wire, Error> {
-        let started = self.start(purpose, &ssh_command::daemon(&self.target))?;
-        Ok(Wire {
-            reader: Box::new(started.stdout),
-            writer: Box::new(started.stdin),
-            guard: Guard::of_process(started.process),
-        })
+        self.wire(purpose, &ssh_command::daemon(&self.target))
+    }
+
+    async fn dial_nix_store(&self) -> Result<Wire, Error> {
+        self.wire(Purpose::Closures, &ssh_command::serve(&self.target))
     }
 
     /// Runs the words in the account's shell, with nothing on their input.

@@ -79,6 +79,13 @@ pub fn daemon(target: &SshTarget) -> Vec<String> {
     words
 }
 
+/// Returns the words that start `nix-store --serve`, which may only read, for the account's shell.
+pub fn serve(target: &SshTarget) -> Vec<String> {
+    let mut words = nix_store(target);
+    words.push("--serve".to_owned());
+    words
+}
+
 /// Returns the words that run `nix-store`, found beside the daemon, for the account's shell.
 pub fn nix_store(target: &SshTarget) -> Vec<String> {
     let mut words = program(target);
@@ -142,7 +149,9 @@ impl Login<'_> {
 fn keep_alive(purpose: Purpose) -> [&'static str; 2] {
     match purpose {
         Purpose::Lookup => ["-oServerAliveInterval=1", "-oServerAliveCountMax=2"],
-        Purpose::Nar | Purpose::Roots => ["-oServerAliveInterval=5", "-oServerAliveCountMax=3"],
+        Purpose::Nar | Purpose::Roots | Purpose::Closures => {
+            ["-oServerAliveInterval=5", "-oServerAliveCountMax=3"]
+        }
     }
 }
 
@@ -303,6 +312,11 @@ mod tests {
         assert_eq!(
             store(&sudo),
             "sudo ~/bin/nix-store --store 'local?root=/a b'"
+        );
+        let served = serve(&sudo).join(" ");
+        assert_eq!(
+            served,
+            "sudo ~/bin/nix-store --store 'local?root=/a b' --serve"
         );
         let own = with(&["my-nix-daemon"], None);
         assert_eq!(daemon(&own), "my-nix-daemon --stdio");

@@ -31,7 +31,7 @@ pub fn diagnose(evidence: &Evidence) -> Option<String> {
 }
 
 /// Finds the remedy for the known causes, the more specific ones first.
-fn remedy(evidence: &Evidence) -> Option<String> {
+pub fn remedy(evidence: &Evidence) -> Option<String> {
     let host = evidence.host;
     let said = |text: &str| evidence.stderr.contains(text);
     let no_key = said("Host key verification failed") || said("host key is known for");
@@ -80,7 +80,7 @@ fn remedy(evidence: &Evidence) -> Option<String> {
 }
 
 /// Joins the last lines that say something.
-fn meaningful(stderr: &str) -> String {
+pub fn meaningful(stderr: &str) -> String {
     let lines: Vec<_> = stderr
         .lines()
         .map(|line| line.trim_matches(|c: char| c.is_whitespace() || c.is_control()))
@@ -104,6 +104,11 @@ fn meaningful(stderr: &str) -> String {
 fn is_noise(line: &str) -> bool {
     line.starts_with("debug")
         || line.starts_with("Warning: Permanently added")
+        // Of `ssh -v`.
+        || line.starts_with("OpenSSH_")
+        || line.starts_with("Authenticated to ")
+        || line.starts_with("Transferred: sent ")
+        || line.starts_with("Bytes per second: ")
         || line.starts_with("@@@")
         || line.starts_with("@ ")
         || line.starts_with("** ")

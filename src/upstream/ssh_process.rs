@@ -19,7 +19,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
 use super::Error;
-use super::ssh_diagnosis::{Evidence, diagnose};
+use super::ssh_diagnosis::{Evidence, diagnose, meaningful, remedy};
 use super::wire::{Bounds, Output};
 
 /// How long a lost ssh may take to say why.
@@ -44,6 +44,13 @@ pub struct Started {
     pub stdout: ChildStdout,
     /// The process.
     pub process: Process,
+}
+
+/// An ssh that ended, by itself or because it failed.
+pub struct Attempt {
+    /// What came of it.
+    pub output: Output,
+    process: Process,
 }
 
 /// The last bytes of an error output, at most [`TAIL_BYTES_MAX`].
@@ -123,6 +130,29 @@ impl Process {
     }
 }
 
+impl Attempt {
+    /// Tells whether ssh failed itself, not the remote command.
+    pub fn ssh_failed(&self) -> bool {
+        let code = self.output.status.code();
+        code.is_none_or(|code| code == SSH_FAILED)
+    }
+
+    /// Returns the last lines of its error output that say something, in one.
+    pub fn said(&self) -> String {
+        meaningful(&self.output.stderr)
+    }
+
+    /// Returns what the operator can do; `None`: the cause is not known.
+    pub fn remedy(&self) -> Option<String> {
+        remedy(&Evidence {
+            host: &self.process.host,
+            stderr: &self.output.stderr,
+            exit_code: self.output.status.code(),
+            pinned: self.process.pinned,
+        })
+    }
+}
+
 impl Drop for Process {
     fn drop(&mut self) {
         // The group holds ssh's own helpers (ProxyCommand) too. A child that was reaped is gone
@@ -141,6 +171,15 @@ impl Started {
     ///
     /// Dropped, it ends the process.
     pub async fn output(self, bounds: Bounds) -> Result<Output, Error> {
+        let Attempt { output, process } = self.attempt(bounds).await?;
+        if output.status.code().is_none_or(|code| code == SSH_FAILED) {
+            return Err(process.explain(Error::Lost("ssh failed".into())).await);
+        }
+        Ok(output)
+    }
+
+    /// Runs it likewise, and gives what came of it even if ssh itself failed.
+    pub async fn attempt(self, bounds: Bounds) -> Result<Attempt, Error> {
         let Self {
             stdin,
             mut stdout,
@@ -160,14 +199,12 @@ impl Started {
                     after: bounds.time,
                 })??;
         let status = status.ok_or_else(|| Error::Lost("ssh was not waited for".into()))?;
-        if status.code().is_none_or(|code| code == SSH_FAILED) {
-            return Err(process.explain(Error::Lost("ssh failed".into())).await);
-        }
-        Ok(Output {
+        let output = Output {
             status,
             stdout: stdout.into(),
             stderr: process.tail.text(),
-        })
+        };
+        Ok(Attempt { output, process })
     }
 }
 
@@ -250,7 +287,8 @@ async fn read_bounded(
 
 /// The exit code by which ssh says that it failed itself, and not the remote command.
 const SSH_FAILED: i32 = 255;
-const TAIL_BYTES_MAX: usize = 8 * 1024;
+/// Enough for all that `ssh -v` says of a login.
+const TAIL_BYTES_MAX: usize = 16 * 1024;
 const LOCALE: &[&str] = &[
     "LANG",
     "LANGUAGE",

@@ -39,7 +39,8 @@ pub struct StandingOptions {
     /// From asking a question, once there is a connection, to its answer. A connection that is
     /// silent for so long while a question waits is given up.
     pub query_timeout: Duration,
-    /// From asking many questions to the last answer.
+    /// From asking many questions to the last answer, as long as answers come: a closure over a
+    /// thin line takes its time. Without one they are given up after `query_timeout`.
     pub batch_timeout: Duration,
     /// For the next connection, when one is lost with questions under way.
     pub retry_within: Duration,
@@ -186,21 +187,28 @@ impl Standing {
         }
     }
 
+    /// Asks until no answer comes any more; those that came before count.
     async fn ask_many_on(&self, live: &Live, requests: Vec<Request>) -> Vec<Result<Reply, Error>> {
         let question = requests.first().map_or("nothing", Request::name);
-        let count = requests.len();
-        let after = self.shared.options.batch_timeout;
-        let answers = async {
-            tokio::select! {
-                biased;
-                answers = live.session.ask_many(requests) => answers,
-                given_up = self.given_up(live) => vec![Err(given_up); count],
-            }
+        let (silence_max, whole_max) = {
+            let options = &self.shared.options;
+            (options.query_timeout, options.batch_timeout)
         };
-        match timeout(after, answers).await {
-            Ok(answers) => answers,
-            Err(_) => vec![Err(self.timed_out(live, question, after)); count],
-        }
+        let begun = Instant::now();
+        let (mut answered, mut since) = (0, begun);
+        let tick = (silence_max / 8).clamp(TICK_MIN, TICK_MAX);
+        let enough = |now_answered| {
+            if now_answered > answered {
+                (answered, since) = (now_answered, Instant::now());
+            }
+            if !self.shared.status.borrow().is(live) {
+                return Some(Error::Lost("the connection was given up".into()));
+            }
+            let (silent, whole) = (since.elapsed(), begun.elapsed());
+            (silent >= silence_max || whole >= whole_max)
+                .then(|| self.timed_out(live, question, whole.min(silence_max)))
+        };
+        live.session.ask_many_until(requests, tick, enough).await
     }
 
     /// Waits until this connection is no longer the one that questions go to.
@@ -398,6 +406,10 @@ impl Default for StandingOptions {
         }
     }
 }
+
+/// How often it is looked whether answers still come.
+const TICK_MIN: Duration = Duration::from_millis(10);
+const TICK_MAX: Duration = Duration::from_millis(250);
 
 /// An attempt younger than this is not given up for another.
 const FRESH: Duration = Duration::from_secs(2);

@@ -22,6 +22,11 @@ pub trait Dial: Send + Sync + 'static {
     /// bounds it.
     async fn dial(&self, purpose: Purpose) -> Result<Wire, Error>;
 
+    /// Opens a wire to `nix-store --serve` beside the daemon, as [`dial`](Dial::dial) does.
+    async fn dial_nix_store(&self) -> Result<Wire, Error> {
+        Err(Error::Unsupported("nix-store --serve here".into()))
+    }
+
     /// Runs a program beside the daemon; `None` where there is no way to do so.
     async fn run(&self, _command: &[String], _bounds: Bounds) -> Option<Result<Output, Error>> {
         None
@@ -37,6 +42,8 @@ pub enum Purpose {
     Nar,
     /// Temporary roots, held by the mere existence of the connection.
     Roots,
+    /// Whole closures, asked of `nix-store --serve`: mostly idle.
+    Closures,
 }
 
 /// An open way to a daemon.

@@ -5,6 +5,7 @@
 //! path_infos(…)     QueryPathInfo, pipelined                 look-up connection
 //! nar(info)         NarFromPath                              sessions of their own (pool)
 //! keep(path)        AddTempRoot, IsValidPath                 connections of their own (roots)
+//! closures()        nix-store --serve                       a connection of its own (served)
 //! realisation(id)   QueryRealisation                         look-up connection, once tried
 //! build_log(drv)    a file, or nix-store --read-log          a connection of its own (build_log)
 //! ```
@@ -19,9 +20,11 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use super::build_log::{BuildLogs, LogOptions};
+use super::closures::Closures;
 use super::pool::{Pool, PoolOptions};
 use super::realisations::Realisations;
 use super::roots::{Roots, RootsOptions};
+use super::served::{Served, ServedOptions};
 use super::standing::{Standing, StandingOptions};
 use super::wire::Dial;
 use super::{Error, Link, NarStream, Upstream};
@@ -36,7 +39,8 @@ use crate::nix::worker_protocol::request::Request;
 pub struct WorkerUpstream {
     name: String,
     store_dir: StoreDir,
-    standing: Standing,
+    standing: Arc<Standing>,
+    served: Option<Arc<Served>>,
     pool: Arc<Pool>,
     roots: Arc<Roots>,
     realisations: Realisations,
@@ -69,6 +73,8 @@ pub struct WorkerOptions {
     pub roots: RootsOptions,
     /// Of build logs.
     pub logs: LogOptions,
+    /// Of asking for whole closures; `None`: not done.
+    pub closures: Option<ServedOptions>,
 }
 
 impl WorkerUpstream {
@@ -92,6 +98,11 @@ impl WorkerUpstream {
         let session = options.standing.session.clone();
         let query_timeout = options.standing.query_timeout;
         let standing = Standing::start(name.clone(), dial.clone(), options.standing);
+        let standing = Arc::new(standing);
+        let served = options.closures.map(|mut closures| {
+            closures.session.store_dir = store_dir.clone();
+            Served::start(name.clone(), dial.clone(), standing.clone(), closures)
+        });
         let pool = Arc::new(Pool::new(name.clone(), dial.clone(), options.pool));
         let roots = Arc::new(Roots::new(name.clone(), dial.clone(), options.roots));
         Self {
@@ -108,6 +119,7 @@ impl WorkerUpstream {
             name,
             store_dir,
             standing,
+            served,
             pool,
             logs,
         }
@@ -185,6 +197,11 @@ impl Upstream for WorkerUpstream {
             Err(error) => Err(error),
         };
         answers.into_iter().map(unpack).collect()
+    }
+
+    fn closures(&self) -> Option<Arc<dyn Closures>> {
+        let served = self.served.as_ref().filter(|served| served.is_ready())?;
+        Some(served.clone())
     }
 
     async fn nar(&self, info: &PathInfo) -> Result<Option<NarStream>, Error> {

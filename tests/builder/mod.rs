@@ -22,6 +22,8 @@ use std::time::{Duration, Instant};
 use muster::nix::store_path::{StoreDir, StorePath};
 use muster::upstream::build_log::{BuildLogs, LogOptions};
 use muster::upstream::daemon::DaemonSocket;
+use muster::upstream::local::database::Place;
+use muster::upstream::local::{LocalOptions, LocalUpstream};
 use muster::upstream::runtime_dir::RuntimeDir;
 use muster::upstream::ssh::{Ssh, SshOptions, SshTarget};
 use muster::upstream::worker::{WorkerOptions, WorkerSetup, WorkerUpstream};
@@ -169,7 +171,7 @@ impl Builder {
         }
     }
 
-    fn run(&self, program: &str, arguments: &[&str]) -> String {
+    pub fn run(&self, program: &str, arguments: &[&str]) -> String {
         let mut command = Command::new(self.path("bin").join(program));
         let output = command.args(arguments).envs(self.environment()).output();
         let output = output.unwrap_or_else(|e| panic!("{program}: {e}"));
@@ -195,7 +197,7 @@ impl Builder {
     /// Writes `bin/nix-daemon` and the like, which run the Nix that is chosen.
     fn write_programs(&self) {
         self.write_program("hook", "echo '# decline-permanently' >&2");
-        for name in ["nix-daemon", "nix-store", "nix-instantiate"] {
+        for name in ["nix", "nix-daemon", "nix-store", "nix-instantiate"] {
             let run = match std::env::var("MUSTER_TEST_NIX").as_deref() {
                 Err(_) | Ok("2.8") => format!("exec /usr/bin/{name} \"$@\""),
                 Ok(version) => {
@@ -323,6 +325,33 @@ impl Builder {
             store_dir: self.store_dir.clone(),
         };
         WorkerUpstream::start(setup, options)
+    }
+
+    /// Where the store lies, for who reads it in place.
+    pub fn place(&self) -> Place {
+        Place::new(self.path("state"), self.store_dir.clone())
+    }
+
+    /// Starts an upstream that reads the store in place, with a daemon's socket beside it.
+    pub fn in_place(&self, socket: &Path, options: LocalOptions) -> LocalUpstream {
+        self.in_place_at(self.place(), socket, options)
+    }
+
+    /// Starts one that looks for the store in this place.
+    pub fn in_place_at(
+        &self,
+        place: Place,
+        socket: &Path,
+        mut options: LocalOptions,
+    ) -> LocalUpstream {
+        options.worker = quick();
+        let setup = WorkerSetup {
+            name: "local".into(),
+            dial: Arc::new(DaemonSocket::new(socket)),
+            logs: BuildLogs::Directory(self.path("log")),
+            store_dir: self.store_dir.clone(),
+        };
+        LocalUpstream::start(place, setup, options).unwrap()
     }
 
     /// Starts an upstream over the socket of a daemon.

@@ -200,6 +200,10 @@ impl Machine {
         &self.dir
     }
 
+    pub(super) fn pid(&self) -> u32 {
+        self.pid
+    }
+
     pub(super) fn listens(&self, port: u16) -> bool {
         let tables =
             ["tcp", "tcp6"].map(|t| fs::read_to_string(format!("/proc/{}/net/{t}", self.pid)));

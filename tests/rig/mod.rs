@@ -30,6 +30,7 @@ pub mod muster;
 pub mod nix;
 pub mod process;
 pub mod services;
+pub mod systemd;
 
 pub use lab::Lab;
 pub use machine::Machine;
@@ -37,6 +38,7 @@ pub use muster::Muster;
 pub use nix::Nix;
 pub use process::Output;
 pub use services::Line;
+pub use systemd::Systemd;
 
 use std::time::{Duration, Instant};
 

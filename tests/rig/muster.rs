@@ -165,9 +165,14 @@ impl<'m> Muster<'m> {
         );
     }
 
+    /// Its pid, in the host's eyes.
+    pub fn pid(&self) -> u32 {
+        self.process.inner_pid().expect("muster runs")
+    }
+
     /// Its resident memory, in kB.
     pub fn memory_kb(&self) -> u64 {
-        let pid = self.process.inner_pid().expect("muster runs");
+        let pid = self.pid();
         let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("read /proc");
         let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:"));
         line.and_then(|l| l.split_whitespace().next()?.parse().ok())

@@ -22,8 +22,8 @@ pub mod message;
 pub mod reply;
 pub mod request;
 pub mod session;
-mod shape;
-mod wire;
+pub(in crate::nix) mod shape;
+pub(in crate::nix) mod wire;
 
 /// A protocol version, `<major>.<minor>`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -126,7 +126,7 @@ pub(super) fn decode(
 }
 
 /// Reads a path with its directory.
-pub(super) fn path(text: &[u8], store_dir: &StoreDir) -> Result<StorePath, ReplyError> {
+pub(in crate::nix) fn path(text: &[u8], store_dir: &StoreDir) -> Result<StorePath, ReplyError> {
     let text =
         std::str::from_utf8(text).map_err(|_| ReplyError::Malformed(message::plain(text)))?;
     store_dir.parse(text).map_err(|error| match error {
@@ -163,23 +163,26 @@ fn path_info(
 }
 
 /// Reads signatures; malformed ones are dropped.
-fn signatures(reader: &mut Reader<'_>) -> Result<Vec<Signature>, ProtocolError> {
+pub(in crate::nix) fn signatures(reader: &mut Reader<'_>) -> Result<Vec<Signature>, ProtocolError> {
     let parse = |text| Signature::parse(std::str::from_utf8(text).ok()?).ok();
     let signatures = reader.texts(|text| Ok::<_, ProtocolError>(parse(text)))?;
     Ok(signatures.into_iter().flatten().collect())
 }
 
-fn optional_path(text: &[u8], store_dir: &StoreDir) -> Result<Option<StorePath>, ReplyError> {
+pub(in crate::nix) fn optional_path(
+    text: &[u8],
+    store_dir: &StoreDir,
+) -> Result<Option<StorePath>, ReplyError> {
     match text {
         b"" => Ok(None),
         text => path(text, store_dir).map(Some),
     }
 }
 
-fn utf8(text: &[u8]) -> Result<&str, ReplyError> {
+pub(in crate::nix) fn utf8(text: &[u8]) -> Result<&str, ReplyError> {
     std::str::from_utf8(text).map_err(|_| ReplyError::Malformed(message::plain(text)))
 }
 
-fn malformed(error: impl std::error::Error) -> ReplyError {
+pub(in crate::nix) fn malformed(error: impl std::error::Error) -> ReplyError {
     ReplyError::Malformed(error.to_string())
 }

@@ -8,7 +8,7 @@ use super::{MESSAGE_BYTES_MAX, ProtocolError, TEXT_BYTES_MAX};
 
 /// One field of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Field {
+pub(in crate::nix) enum Field {
     /// A number.
     Number,
     /// A number that must be zero.
@@ -27,7 +27,7 @@ pub(super) enum Field {
 
 /// A walk along a shape that can be taken up when more bytes are there.
 #[derive(Clone, Debug)]
-pub(super) struct Scan {
+pub(in crate::nix) struct Scan {
     shape: &'static [Field],
     /// Bytes walked.
     at: usize,
@@ -38,7 +38,7 @@ pub(super) struct Scan {
 }
 
 impl Scan {
-    pub(super) fn new(shape: &'static [Field]) -> Self {
+    pub(in crate::nix) fn new(shape: &'static [Field]) -> Self {
         Self {
             shape,
             at: 0,
@@ -50,7 +50,7 @@ impl Scan {
     /// Returns the length of the message once all of it is in `buffer`; `None`: more is needed.
     ///
     /// `buffer` must begin with the same bytes as in earlier calls.
-    pub(super) fn resume(&mut self, buffer: &[u8]) -> Result<Option<usize>, ProtocolError> {
+    pub(in crate::nix) fn resume(&mut self, buffer: &[u8]) -> Result<Option<usize>, ProtocolError> {
         while let Some((field, rest)) = self.shape.split_first() {
             let walked = match field {
                 Field::Number => self.number(buffer),

@@ -8,22 +8,22 @@ use bytes::{BufMut as _, BytesMut};
 use super::ProtocolError;
 
 /// Appends numbers and texts to a buffer.
-pub(super) struct Writer<'a>(pub(super) &'a mut BytesMut);
+pub(in crate::nix) struct Writer<'a>(pub(in crate::nix) &'a mut BytesMut);
 
 /// Takes numbers and texts from the front of complete bytes.
-pub(super) struct Reader<'a>(pub(super) &'a [u8]);
+pub(in crate::nix) struct Reader<'a>(pub(in crate::nix) &'a [u8]);
 
 impl Writer<'_> {
-    pub(super) fn number(&mut self, number: u64) {
+    pub(in crate::nix) fn number(&mut self, number: u64) {
         self.0.put_u64_le(number);
     }
 
-    pub(super) fn text(&mut self, text: &str) {
+    pub(in crate::nix) fn text(&mut self, text: &str) {
         self.texts_joined(&[text]);
     }
 
     /// Writes one text from its parts.
-    pub(super) fn texts_joined(&mut self, parts: &[&str]) {
+    pub(in crate::nix) fn texts_joined(&mut self, parts: &[&str]) {
         let len: usize = parts.iter().map(|part| part.len()).sum();
         self.number(len as u64);
         for part in parts {
@@ -34,13 +34,13 @@ impl Writer<'_> {
 }
 
 impl<'a> Reader<'a> {
-    pub(super) fn number(&mut self) -> Result<u64, ProtocolError> {
+    pub(in crate::nix) fn number(&mut self) -> Result<u64, ProtocolError> {
         let (word, rest) = self.0.split_first_chunk().ok_or(TRUNCATED)?;
         self.0 = rest;
         Ok(u64::from_le_bytes(*word))
     }
 
-    pub(super) fn text(&mut self) -> Result<&'a [u8], ProtocolError> {
+    pub(in crate::nix) fn text(&mut self) -> Result<&'a [u8], ProtocolError> {
         let len = usize::try_from(self.number()?).map_err(|_| TRUNCATED)?;
         let (text, rest) = self.0.split_at_checked(len).ok_or(TRUNCATED)?;
         self.0 = rest.get(padding(len)..).ok_or(TRUNCATED)?;
@@ -48,7 +48,7 @@ impl<'a> Reader<'a> {
     }
 
     /// Reads a list of texts, each through `read`.
-    pub(super) fn texts<T, E: From<ProtocolError>>(
+    pub(in crate::nix) fn texts<T, E: From<ProtocolError>>(
         &mut self,
         mut read: impl FnMut(&'a [u8]) -> Result<T, E>,
     ) -> Result<Vec<T>, E> {
@@ -64,7 +64,7 @@ impl<'a> Reader<'a> {
 }
 
 /// Returns how many zeros follow a text of `len` bytes.
-pub(super) fn padding(len: usize) -> usize {
+pub(in crate::nix) fn padding(len: usize) -> usize {
     len.wrapping_neg() % 8
 }
 

@@ -29,9 +29,11 @@ use crate::nix::worker_protocol::reply::Reply;
 use crate::nix::worker_protocol::request::{Encoder, Request};
 use crate::nix::worker_protocol::session::Session;
 use crate::nix::worker_protocol::{Peer, ProtocolError};
+use many::Many;
 use questions::{Questions, Slot};
 
 mod body;
+pub mod many;
 mod questions;
 mod reader;
 mod writer;
@@ -130,18 +132,20 @@ impl Connection {
     /// They take turns with the questions of other callers. Dropped, those that were not written
     /// are never asked. When the connection breaks, the questions without an answer fail.
     pub async fn ask_many(&self, requests: Vec<Request>) -> Vec<Result<Reply, Error>> {
+        let mut many = self.begin_many(requests);
+        many.settled().await;
+        many.finish(self.inner.questions.broken())
+    }
+
+    /// Begins to ask as [`ask_many`](Self::ask_many) does.
+    pub fn begin_many(&self, requests: Vec<Request>) -> Many {
         let count = requests.len();
-        if let Some(error) = requests.iter().find_map(|r| refuse_stream(r).err()) {
-            return vec![Err(error); count];
-        }
-        let answers = match self.inner.questions.push_many(requests) {
-            Ok(answers) => answers.await.unwrap_or_default(),
-            Err(error) => return vec![Err(error); count],
-        };
-        if answers.len() == count {
-            answers
-        } else {
-            vec![Err(self.broken()); count]
+        match requests.iter().find_map(|r| refuse_stream(r).err()) {
+            Some(error) => Many::refused(count, error),
+            None => match self.inner.questions.push_many(requests) {
+                Ok(many) => many,
+                Err(error) => Many::refused(count, error),
+            },
         }
     }
 

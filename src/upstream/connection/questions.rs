@@ -12,6 +12,7 @@ use tokio::sync::{Notify, oneshot, watch};
 use tokio::time::Instant;
 
 use super::super::Error;
+use super::many::Many;
 use super::{Load, body};
 use crate::nix::store_path::StorePath;
 use crate::nix::worker_protocol::reply::Reply;
@@ -71,7 +72,7 @@ pub(super) struct Sent {
     pub(super) bytes: usize,
 }
 
-type Answer = Result<Reply, Error>;
+pub(super) type Answer = Result<Reply, Error>;
 
 #[derive(Debug)]
 struct State {
@@ -127,22 +128,19 @@ impl Questions {
     }
 
     /// Queues many questions of one caller.
-    pub(super) fn push_many(
-        &self,
-        requests: Vec<Request>,
-    ) -> Result<oneshot::Receiver<Vec<Answer>>, Error> {
+    pub(super) fn push_many(&self, requests: Vec<Request>) -> Result<Many, Error> {
         let (sender, answers) = oneshot::channel();
-        if requests.is_empty() {
-            let _ = sender.send(Vec::new());
-            return Ok(answers);
-        }
-        let batch = Batch {
+        let batch = Arc::new(Batch {
             count: requests.len(),
             answers: Mutex::new(Vec::with_capacity(requests.len())),
             sender: Mutex::new(Some(sender)),
-        };
-        self.enqueue(Waiting::Many(requests.into(), Arc::new(batch)))?;
-        Ok(answers)
+        });
+        if requests.is_empty() {
+            batch.send();
+        } else {
+            self.enqueue(Waiting::Many(requests.into(), batch.clone()))?;
+        }
+        Ok(Many::new(batch, answers))
     }
 
     fn enqueue(&self, waiting: Waiting) -> Result<(), Error> {
@@ -396,14 +394,40 @@ impl Slot {
 }
 
 impl Batch {
+    pub(super) fn count(&self) -> usize {
+        self.count
+    }
+
+    pub(super) fn answered(&self) -> usize {
+        self.answers().len()
+    }
+
+    /// Takes the answers so far; those to come go nowhere, and what was not written is not asked.
+    pub(super) fn take(&self) -> Vec<Answer> {
+        self.sender().take();
+        std::mem::take(&mut *self.answers())
+    }
+
     fn answer(&self, answer: Answer) {
-        let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
-        answers.push(answer);
-        if answers.len() == self.count
-            && let Some(sender) = self.sender().take()
-        {
-            let _ = sender.send(std::mem::take(&mut answers));
+        let complete = {
+            let mut answers = self.answers();
+            answers.push(answer);
+            answers.len() == self.count
+        };
+        if complete {
+            self.send();
         }
+    }
+
+    fn send(&self) {
+        let sender = self.sender().take();
+        if let Some(sender) = sender {
+            let _ = sender.send(std::mem::take(&mut *self.answers()));
+        }
+    }
+
+    fn answers(&self) -> MutexGuard<'_, Vec<Answer>> {
+        self.answers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn is_abandoned(&self) -> bool {

@@ -1,0 +1,589 @@
+//! What Muster costs as an HTTP server, against nginx with the same files; run by `benches/compare`, which
+//! installs what is needed.
+//!
+//! ```text
+//!   b   builder: Nix 2.8, sshd, nix-daemon; has small paths (narinfos of about 600 bytes), eight NARs of
+//!       20 MB and one of 500 MB that do not compress, and one of 500 MB that does
+//!   m   muster over ssh-ng://b, with its cache; nginx with the same narinfos and with Muster's own cache
+//!       folder; wrk and curl beside them, over loopback
+//!   o   on b: muster over b's own store; nginx with the same NARs as `nix copy` wrote them
+//!   c-… clients, each with a store of its own
+//! ```
+//!
+//! Whatever is compared is taken in turn, forth and back, in one run. CPU time is that of the server alone, from
+//! a control group of its own. A ratio is the median over pairs that ran one after the other.
+
+#[path = "../tests/rig/mod.rs"]
+mod rig;
+
+mod figures;
+
+use std::collections::BTreeMap;
+use std::env;
+use std::fmt::Write as _;
+use std::fs;
+use std::thread;
+use std::time::Duration;
+
+use figures::cpu::CpuGroup;
+use figures::load::{self, Load, add_small, small_name};
+use figures::{Figures, Goal, Unit};
+use rig::muster::narinfo_target;
+use rig::process::Process;
+use rig::{Lab, Machine, Muster, Nix, eventually};
+use serde_json::json;
+
+#[test]
+fn compare() {
+    let options = Options::from_environment();
+    let scene = Scene::new(&options);
+    let mut figures = Figures::default();
+    scene.memory(&mut figures);
+    {
+        let mut servers = Servers::start(&scene);
+        servers.warm(&scene);
+        for round in 0..options.pairs {
+            eprintln!("-- round {} of {}", round + 1, options.pairs);
+            servers.narinfos(&scene, round, &mut figures);
+            servers.nars(&scene, round, &mut figures);
+            for client in &scene.clients {
+                servers.clients(&scene, client, round, &mut figures);
+            }
+        }
+    }
+    let own = OwnStore::start(&scene);
+    for round in 0..options.pairs {
+        own.nars(&scene, round, &mut figures);
+    }
+    drop(own);
+    judge(&scene, &mut figures);
+    if let Some(file) = &options.json {
+        let text = json!({ "about": scene.about(&options), "figures": figures.json() });
+        fs::write(file, format!("{text:#}\n")).expect("write the JSON file");
+    }
+    if let Some(file) = &options.svg {
+        let picture = figures.picture("Muster beside nginx", &scene.about(&options));
+        fs::write(file, picture).expect("write the SVG file");
+    }
+    println!("\n{}\n\n{}", scene.about(&options), figures.table());
+}
+
+struct Options {
+    pairs: usize,
+    clients: Vec<String>,
+    /// Seconds of load for one sample.
+    load_secs: u32,
+    /// Paths whose narinfos are asked for in turn.
+    narinfos: usize,
+    /// Paths that are loaded to see what one takes in memory.
+    in_memory: usize,
+    large_mb: u32,
+    medium_mb: u32,
+    json: Option<String>,
+    svg: Option<String>,
+}
+
+impl Options {
+    fn from_environment() -> Self {
+        let text = |name| env::var(name).ok().filter(|text| !text.is_empty());
+        let quick = text("MUSTER_COMPARE_QUICK").is_some();
+        let clients = text("MUSTER_COMPARE_NIX").unwrap_or_else(|| "2.8".into());
+        let pick = |quickly, fully| if quick { quickly } else { fully };
+        Self {
+            pairs: text("MUSTER_COMPARE_PAIRS")
+                .map_or(1, |n| n.parse().expect("a number of pairs")),
+            clients: clients.split(' ').map(str::to_owned).collect(),
+            load_secs: pick(1, 3),
+            narinfos: 5_000,
+            in_memory: if quick { 10_000 } else { 50_000 },
+            large_mb: pick(40, 500),
+            medium_mb: pick(2, 20),
+            json: text("MUSTER_COMPARE_JSON"),
+            svg: text("MUSTER_COMPARE_SVG"),
+        }
+    }
+}
+
+/// The machines, and what they have.
+struct Scene {
+    clients: Vec<Machine>,
+    b: Machine,
+    m: Machine,
+    load_secs: u32,
+    /// Small paths, the first `narinfos` of which are asked for under load.
+    small: Vec<String>,
+    narinfos: usize,
+    /// Of the size at which a NAR is one file of incompressible bytes.
+    large: String,
+    large_mb: u32,
+    medium: Vec<String>,
+    medium_mb: u32,
+    soft: String,
+    tiny: String,
+}
+
+impl Scene {
+    fn new(options: &Options) -> Self {
+        let lab = Lab::new();
+        let b = lab.machine("b", Nix::Debian12);
+        b.sshd().daemon();
+        // The first build makes the store's folders.
+        let tiny = b.build_one("tiny", "");
+        let mut small = Vec::new();
+        add_small(&b, &mut small, options.in_memory.max(options.narinfos), 3);
+        let big =
+            |seed: &str, mb| b.build_one("big", &format!("--argstr seed {seed} --arg sizeMB {mb}"));
+        let medium = (0..8)
+            .map(|n| big(&format!("m{n}"), options.medium_mb))
+            .collect();
+        let m = lab.machine("m", Nix::Debian12);
+        m.builders(&["b"]);
+        m.write("/etc/muster/config.toml", "memory-cache-size = \"1G\"\n");
+        load::write_script(&lab);
+        let client = |version: &String| lab.machine(&format!("c-{version}"), Nix::named(version));
+        Self {
+            clients: options.clients.iter().map(client).collect(),
+            load_secs: options.load_secs,
+            narinfos: options.narinfos,
+            large: big("l", options.large_mb),
+            large_mb: options.large_mb,
+            medium,
+            medium_mb: options.medium_mb,
+            soft: b.build_one("soft", &format!("--arg sizeMB {}", options.large_mb)),
+            tiny,
+            small,
+            b,
+            m,
+        }
+    }
+
+    fn muster(&self) -> Muster<'_> {
+        let muster = Muster::serve(&self.m, "--no-local-daemon --listen 0.0.0.0:5000");
+        let ask = "busybox wget -q -O - http://127.0.0.1:5000/healthz";
+        let well = || self.m.run(ask).out.contains(r#""state":"well""#);
+        assert!(eventually(20.0, well), "{}", muster.log());
+        muster
+    }
+
+    /// What a narinfo takes in memory: growth over as many as there are.
+    fn memory(&self, figures: &mut Figures) {
+        let muster = self.muster();
+        let targets = self.targets("all", self.small.iter().map(|p| narinfo_target(p)));
+        let few = self.targets("few", self.small[..100].iter().map(|p| narinfo_target(p)));
+        self.load(&few, 5000, 64, 1);
+        let before = muster.memory_kb();
+        for _ in 0..60 {
+            self.load(&targets, 5000, 64, 3);
+            let health = self
+                .m
+                .run("busybox wget -q -O - http://127.0.0.1:5000/healthz")
+                .out;
+            let health: serde_json::Value = serde_json::from_str(&health).expect("JSON");
+            let held = health["narinfo"]["in-memory"].as_u64().expect("a number");
+            if held >= self.small.len() as u64 * 99 / 100 {
+                let grown = muster.memory_kb().saturating_sub(before) as f64 * 1024.0;
+                figures.add(MEMORY, "", "muster", Unit::Bytes, grown / held as f64);
+                return;
+            }
+        }
+        panic!("not all narinfos come into memory\n{}", muster.log());
+    }
+
+    fn targets(&self, name: &str, targets: impl Iterator<Item = String>) -> String {
+        load::targets(&self.m, name, targets)
+    }
+
+    fn load(&self, targets: &str, port: u16, connections: usize, secs: u32) -> Load {
+        load::load(&self.m, targets, port, connections, secs)
+    }
+
+    fn about(&self, options: &Options) -> String {
+        let cores = thread::available_parallelism().map_or(0, std::num::NonZero::get);
+        format!(
+            "{} pairs, {} s of load each, servers, load and clients on {cores} cores; {}; {}; load {}",
+            options.pairs,
+            options.load_secs,
+            self.m.run("nginx -v").err.trim(),
+            self.b.run("nix --version").out.trim(),
+            fs::read_to_string("/proc/loadavg")
+                .unwrap_or_default()
+                .trim(),
+        )
+    }
+}
+
+/// One server under comparison.
+struct Server {
+    name: &'static str,
+    port: u16,
+    cpu: CpuGroup,
+}
+
+/// The servers on `m`.
+struct Servers<'s> {
+    muster: Muster<'s>,
+    _nginx: Vec<Process>,
+    narinfo: Vec<Server>,
+    files: Server,
+    hits: String,
+    misses: String,
+    /// Target of each large and medium NAR, as its narinfo names it once it is cached.
+    nars: BTreeMap<String, String>,
+}
+
+impl<'s> Servers<'s> {
+    fn start(scene: &'s Scene) -> Self {
+        let muster = scene.muster();
+        let narinfos = scene.small[..scene.narinfos].iter();
+        let hits = scene.targets("hits", narinfos.map(|p| narinfo_target(p)));
+        let absent = (0..1000).map(|n| narinfo_target(&small_name("absent", n, "")));
+        let misses = scene.targets("misses", absent);
+        let mut nginx = Vec::new();
+        let mut serve = |name: &'static str, port: u16, root: &str, more: &str| {
+            let conf = NGINX_CONF
+                .replace("@port@", &port.to_string())
+                .replace("@root@", root)
+                .replace("@more@", more);
+            scene.m.write(&format!("/etc/nginx-{port}.conf"), &conf);
+            let (process, cpu) = accounted(
+                &scene.m,
+                &format!("nginx-{port}"),
+                &format!("nginx -c /etc/nginx-{port}.conf"),
+            );
+            scene.m.await_port(port);
+            nginx.push(process);
+            Server { name, port, cpu }
+        };
+        let narinfo = vec![
+            serve(NGINX, 8080, "/srv/narinfo", ""),
+            serve(NGINX_OPEN, 8081, "/srv/narinfo", OPEN_FILE_CACHE),
+        ];
+        let files = serve(NGINX, 8082, "/var/cache/muster", "");
+        let cpu = CpuGroup::new("muster");
+        cpu.take(muster.pid());
+        let muster_server = Server {
+            name: MUSTER,
+            port: 5000,
+            cpu,
+        };
+        Self {
+            muster,
+            _nginx: nginx,
+            narinfo: std::iter::once(muster_server).chain(narinfo).collect(),
+            files,
+            hits,
+            misses,
+            nars: BTreeMap::new(),
+        }
+    }
+
+    /// Has everything found and cached, and nginx serve the very same narinfos.
+    fn warm(&mut self, scene: &Scene) {
+        scene.load(&self.hits, 5000, 64, 3);
+        let fetch = "mkdir -p /srv/narinfo; cd /srv/narinfo; sed 's,^,url = http://127.0.0.1:5000,; p; s,.*/,output = ,' \
+                     /run/targets-hits > /run/fetch; curl -sf -Z --parallel-max 8 -K /run/fetch";
+        scene.m.run(fetch).ok();
+        let paths = scene.medium.iter().chain([&scene.large, &scene.tiny]);
+        for path in paths {
+            let nar = self.muster.nar(path);
+            assert!(nar.status == 200 && nar.complete, "{path}: {}", nar.status);
+            let cached = eventually(60.0, || {
+                let narinfo = self.muster.narinfo(path);
+                narinfo.field("FileHash").is_some()
+                    && narinfo.field("Compression").as_deref() == Some("zstd")
+            });
+            assert!(
+                cached,
+                "{path} does not come into the cache\n{}",
+                self.muster.log()
+            );
+            let url = self
+                .muster
+                .narinfo(path)
+                .field("URL")
+                .expect("narinfos have one");
+            self.nars.insert(path.clone(), format!("/{url}"));
+        }
+    }
+
+    fn narinfos(&self, scene: &Scene, round: usize, figures: &mut Figures) {
+        for server in in_turn(&self.narinfo, round) {
+            let before = server.cpu.used();
+            let load = scene.load(&self.hits, server.port, 64, scene.load_secs);
+            assert!(
+                load.refused == 0.0,
+                "{}: {} refused",
+                server.name,
+                load.refused
+            );
+            let cpu = (server.cpu.used() - before).as_secs_f64() * 1e6;
+            figures.add(
+                HIT,
+                "",
+                server.name,
+                Unit::Microseconds,
+                cpu / load.requests,
+            );
+        }
+        for server in in_turn(&self.narinfo[..2], round) {
+            let before = server.cpu.used();
+            let load = scene.load(&self.misses, server.port, 64, scene.load_secs);
+            assert!(
+                load.refused == load.requests,
+                "{}: not all refused",
+                server.name
+            );
+            let cpu = (server.cpu.used() - before).as_secs_f64() * 1e6;
+            figures.add(
+                MISS,
+                "",
+                server.name,
+                Unit::Microseconds,
+                cpu / load.requests,
+            );
+        }
+        for server in in_turn(&self.narinfo[..2], round) {
+            let load = scene.load(&self.hits, server.port, 1, scene.load_secs);
+            figures.add(ONE, "", server.name, Unit::Microseconds, load.p50_us);
+        }
+    }
+
+    /// Cached NARs: Muster, and nginx on Muster's own folder.
+    fn nars(&self, scene: &Scene, round: usize, figures: &mut Figures) {
+        let servers = [&self.narinfo[0], &self.files];
+        for server in in_turn(&servers, round) {
+            let targets = vec![self.nars[&scene.large].clone(); 2];
+            let gb = f64::from(scene.large_mb) * 1.048_576e-3 * 2.0;
+            let cpu = fetch(&scene.m, server, &targets, 1);
+            figures.add(LARGE, "", server.name, Unit::SecondsPerGb, cpu / gb);
+        }
+        for server in in_turn(&servers, round) {
+            let once: Vec<_> = scene.medium.iter().map(|p| self.nars[p].clone()).collect();
+            let targets: Vec<_> = std::iter::repeat_n(once, 6).flatten().collect();
+            let gb = f64::from(scene.medium_mb) * 1.048_576e-3 * targets.len() as f64;
+            let cpu = fetch(&scene.m, server, &targets, 8);
+            figures.add(EIGHT, "", server.name, Unit::SecondsPerGb, cpu / gb);
+        }
+        for server in in_turn(&servers, round) {
+            let tiny = scene.targets("tiny", std::iter::once(self.nars[&scene.tiny].clone()));
+            let load = scene.load(&tiny, server.port, 1, scene.load_secs);
+            figures.add(TINY, "", server.name, Unit::Microseconds, load.p99_us);
+        }
+        figures.add(
+            MEMORY_NARS,
+            "",
+            MUSTER,
+            Unit::Megabytes,
+            self.muster.memory_kb() as f64 / 1000.0,
+        );
+    }
+
+    /// The large NAR to a real client, the second time.
+    fn clients(&self, scene: &Scene, client: &Machine, round: usize, figures: &mut Figures) {
+        let key = self.muster.key();
+        for server in in_turn(&[&self.narinfo[0], &self.files], round) {
+            client.fresh_store();
+            let url = format!("http://m:{}", server.port);
+            let line = format!(
+                "nix-store --realise {} --option substituters {url} --option trusted-public-keys '{key}'",
+                scene.large
+            );
+            let got = client.run_for(120.0, &line).ok();
+            assert_eq!((got.built(), got.copied()), (0, 1), "{got}");
+            let version = client.name.trim_start_matches("c-");
+            figures.add(SECOND, version, server.name, Unit::Seconds, got.secs);
+        }
+    }
+}
+
+/// The servers on `b`, over its own store.
+struct OwnStore<'s> {
+    _muster: Vec<Muster<'s>>,
+    _nginx: Process,
+    plain: Vec<Server>,
+    plain_targets: Vec<String>,
+    zstd: Server,
+    zstd_target: String,
+    daemon: CpuGroup,
+}
+
+impl<'s> OwnStore<'s> {
+    fn start(scene: &'s Scene) -> Self {
+        let copy = format!(
+            "nix copy --to 'file:///srv/plain?compression=none' {}",
+            scene.large
+        );
+        scene.b.run(&copy).ok();
+        let conf = NGINX_CONF
+            .replace("@port@", "8083")
+            .replace("@root@", "/srv/plain")
+            .replace("@more@", "");
+        scene.b.write("/etc/nginx-8083.conf", &conf);
+        let (nginx, cpu) = accounted(&scene.b, "nginx-8083", "nginx -c /etc/nginx-8083.conf");
+        scene.b.await_port(8083);
+        let anchor = Server {
+            name: NGINX,
+            port: 8083,
+            cpu,
+        };
+        // The daemon's work counts, too, where there is any.
+        let daemon = CpuGroup::new("daemon");
+        for pid in scene.b.processes("nix-daemon") {
+            daemon.take(pid);
+        }
+        let mut muster = Vec::new();
+        let mut own = |port: u16, path: &str, args: &str| {
+            let line = format!("--listen 127.0.0.1:{port} --no-machines --upstream daemon {args}");
+            let mut one = Muster::serve(&scene.b, &line);
+            let cpu = CpuGroup::new(&format!("own-{port}"));
+            cpu.take(one.pid());
+            let url = one.narinfo(path).field("URL").expect("a narinfo");
+            muster.push(one);
+            let name = MUSTER;
+            (Server { name, port, cpu }, format!("/{url}"))
+        };
+        let (plain, target) = own(5001, &scene.large, "--compression none --cache-size 0");
+        let narinfo = scene
+            .b
+            .run(&format!("cat /srv/plain{}", narinfo_target(&scene.large)))
+            .ok()
+            .out;
+        let url = narinfo
+            .lines()
+            .find_map(|l| l.strip_prefix("URL: "))
+            .expect("a URL");
+        let (zstd, zstd_target) = own(
+            5002,
+            &scene.soft,
+            "--compression zstd --cache-dir /srv/cache",
+        );
+        Self {
+            _muster: muster,
+            _nginx: nginx,
+            plain: vec![plain, anchor],
+            plain_targets: vec![target, format!("/{url}")],
+            zstd,
+            zstd_target,
+            daemon,
+        }
+    }
+
+    fn nars(&self, scene: &Scene, round: usize, figures: &mut Figures) {
+        let gb = f64::from(scene.large_mb) * 1.048_576e-3;
+        let pairs: Vec<_> = self.plain.iter().zip(&self.plain_targets).collect();
+        for (server, target) in in_turn(&pairs, round) {
+            let cpu = self.fetch(scene, server, target);
+            let what = if server.name == MUSTER && round == 0 {
+                OWN_FIRST
+            } else {
+                OWN
+            };
+            figures.add(what, "", server.name, Unit::SecondsPerGb, cpu / gb);
+        }
+        let cpu = self.fetch(scene, &self.zstd, &self.zstd_target);
+        let what = if round == 0 { OWN_ZSTD_FIRST } else { OWN_ZSTD };
+        figures.add(what, "", self.zstd.name, Unit::SecondsPerGb, cpu / gb);
+        if round == 0 {
+            thread::sleep(Duration::from_secs(2));
+        }
+    }
+
+    fn fetch(&self, scene: &Scene, server: &Server, target: &String) -> f64 {
+        let before = self.daemon.used();
+        let cpu = fetch(&scene.b, server, std::slice::from_ref(target), 1);
+        cpu + (self.daemon.used() - before).as_secs_f64()
+    }
+}
+
+fn judge(scene: &Scene, figures: &mut Figures) {
+    figures.set_goal(HIT, "", MUSTER, Goal::Times(0.70, NGINX));
+    figures.set_goal(HIT, "", NGINX_OPEN, Goal::Beside(NGINX));
+    figures.set_goal(MISS, "", MUSTER, Goal::Times(0.85, NGINX));
+    figures.set_goal(ONE, "", MUSTER, Goal::Times(1.0, NGINX));
+    figures.set_goal(MEMORY, "", MUSTER, Goal::AtMost(1500.0));
+    figures.set_goal(LARGE, "", MUSTER, Goal::Times(1.5, NGINX));
+    figures.set_goal(EIGHT, "", MUSTER, Goal::Times(1.5, NGINX));
+    figures.set_goal(TINY, "", MUSTER, Goal::AtMost(5000.0));
+    for client in &scene.clients {
+        let version = client.name.trim_start_matches("c-");
+        figures.set_goal(SECOND, version, MUSTER, Goal::Times(1.1, NGINX));
+    }
+    figures.set_goal(OWN_FIRST, "", MUSTER, Goal::AtMost(0.85));
+    figures.set_goal(OWN, "", MUSTER, Goal::Times(0.30 / 0.18, NGINX));
+    figures.set_goal(OWN_ZSTD_FIRST, "", MUSTER, Goal::AtMost(3.0));
+    figures.set_goal(OWN_ZSTD, "", MUSTER, Goal::AtMost(0.2));
+}
+
+/// Starts a program in a control group of its own, all of it from its first instruction.
+fn accounted(machine: &Machine, name: &str, line: &str) -> (Process, CpuGroup) {
+    let cpu = CpuGroup::new(name);
+    let process = machine.spawn(
+        name,
+        &format!("sh -c 'while [ ! -e /run/go-{name} ]; do sleep 0.05; done; exec {line}'"),
+    );
+    assert!(
+        eventually(5.0, || process.inner_pid().is_some()),
+        "{name} does not start"
+    );
+    cpu.take(process.inner_pid().expect("just seen"));
+    machine.write(&format!("/run/go-{name}"), "");
+    (process, cpu)
+}
+
+/// Fetches targets, some at once, and returns the CPU time in s that the server took.
+fn fetch(machine: &Machine, server: &Server, targets: &[String], at_once: usize) -> f64 {
+    let mut list = String::new();
+    for target in targets {
+        _ = writeln!(
+            list,
+            "url = http://127.0.0.1:{}{target}\noutput = /dev/null",
+            server.port
+        );
+    }
+    machine.write("/run/fetch", &list);
+    let before = server.cpu.used();
+    let line = format!("curl -sSf -Z --parallel-max {at_once} -K /run/fetch");
+    machine.run(&line).ok();
+    (server.cpu.used() - before).as_secs_f64()
+}
+
+/// All of them, backwards in every second round.
+fn in_turn<T>(all: &[T], round: usize) -> Vec<&T> {
+    let mut turn: Vec<_> = all.iter().collect();
+    if round % 2 == 1 {
+        turn.reverse();
+    }
+    turn
+}
+
+const MUSTER: &str = "muster";
+const NGINX: &str = "nginx";
+const NGINX_OPEN: &str = "nginx, open_file_cache";
+
+const HIT: &str = "narinfo hit, 64 connections, CPU a request";
+const MISS: &str = "narinfo 404 that is known, CPU a request";
+const ONE: &str = "one connection, one narinfo at a time, p50";
+const MEMORY: &str = "memory for each narinfo that is held";
+const LARGE: &str = "cached NAR of 500 MB, CPU";
+const EIGHT: &str = "8 cached NARs of 20 MB at once, CPU";
+const TINY: &str = "cached small NAR on one connection, p99";
+const MEMORY_NARS: &str = "memory after these NARs";
+const SECOND: &str = "second fetch of a NAR of 500 MB";
+const OWN_FIRST: &str = "own store, 500 MB uncompressed, first read, CPU";
+const OWN: &str = "own store, 500 MB uncompressed, CPU";
+const OWN_ZSTD_FIRST: &str = "own store, 500 MB with zstd, first read, CPU";
+const OWN_ZSTD: &str = "own store, 500 MB with zstd, later, CPU";
+
+const OPEN_FILE_CACHE: &str = "open_file_cache max=100000 inactive=600s; open_file_cache_valid 600s; open_file_cache_errors on;";
+
+const NGINX_CONF: &str = "\
+daemon off; user root; worker_processes 2; pid /run/nginx-@port@.pid; error_log /run/nginx-@port@.err;
+events { worker_connections 1024; }
+http {
+  access_log off; sendfile on; tcp_nopush on; tcp_nodelay on; keepalive_requests 100000000; log_not_found off;
+  default_type application/octet-stream; @more@
+  client_body_temp_path /run/nginx-@port@-1; proxy_temp_path /run/nginx-@port@-2; fastcgi_temp_path /run/nginx-@port@-3;
+  uwsgi_temp_path /run/nginx-@port@-4; scgi_temp_path /run/nginx-@port@-5;
+  server { listen @port@; root @root@; }
+}
+";

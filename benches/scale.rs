@@ -1,0 +1,254 @@
+//! How Muster's cost grows with builders, paths, clients and round trip; run by `benches/scale`.
+//!
+//! ```text
+//!   b   nix-daemon of Nix 2.8 with up to a million paths, and Muster over its socket; as many builders
+//!       as are wanted are links to that one socket, each with connections and daemon processes of its own
+//!   r   another builder, behind a line with a delay; m Muster over ssh-ng://r; c a real client
+//! ```
+//!
+//! Load is wrk's over loopback, CPU time from a control group of Muster's own. Each point is the median of
+//! the rounds, the points of a curve taken in turn.
+
+#[path = "../tests/rig/mod.rs"]
+mod rig;
+
+mod figures;
+
+use std::env;
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::thread;
+
+use figures::cpu::CpuGroup;
+use figures::load::{self, Load, add_small, small_name};
+use figures::{Figures, Unit};
+use rig::muster::narinfo_target;
+use rig::{Lab, Line, Machine, Muster, Nix, eventually};
+use serde_json::json;
+
+#[test]
+fn scale() {
+    let text = |name| env::var(name).ok().filter(|text| !text.is_empty());
+    let quick = text("MUSTER_SCALE_QUICK").is_some();
+    let rounds = text("MUSTER_SCALE_ROUNDS").map_or(1, |n| n.parse().expect("a number"));
+    let most: usize = text("MUSTER_SCALE_PATHS").map_or(1_000, |n| n.parse().expect("a number"));
+    let secs = if quick { 1 } else { 3 };
+
+    let mut figures = Figures::default();
+    let lab = Lab::new();
+    load::write_script(&lab);
+    let round_trips = RoundTrips::new(&lab);
+    for round in 0..rounds {
+        eprintln!("-- round trips, {} of {rounds}", round + 1);
+        for delay_ms in [0, 10, 50] {
+            round_trips.closure(delay_ms, &mut figures);
+        }
+    }
+    drop(round_trips);
+
+    let b = lab.machine("b", Nix::Debian12);
+    b.daemon();
+    b.build_one("tiny", "");
+    for link in 0..30 {
+        symlink(SOCKET, b.path(&format!("/run/builder-{link}"))).expect("make a link");
+    }
+    let mut paths: Vec<String> = Vec::new();
+    let mut size = 1_000;
+    while size <= most {
+        add_small(&b, &mut paths, size, 0);
+        for _ in 0..rounds {
+            let muster = serve(&b, 1);
+            let cpu = CpuGroup::new("scale");
+            cpu.take(muster.pid());
+            let step = size / COLD_PATHS;
+            load::once(
+                &b,
+                5000,
+                (0..COLD_PATHS).map(|n| narinfo_target(&paths[n * step])),
+            );
+            let each = cpu.used().as_secs_f64() * 1e6 / COLD_PATHS as f64;
+            figures.add(BY_PATHS, "", &size.to_string(), Unit::Microseconds, each);
+        }
+        size *= 10;
+    }
+    for round in 0..rounds {
+        eprintln!("-- builders and clients, {} of {rounds}", round + 1);
+        for builders in [1, 3, 10, 30] {
+            let muster = serve(&b, builders);
+            let seed = format!("{round} {builders}");
+            let miss = measure(&b, &muster, 300_000, 64, secs, |place| {
+                narinfo_target(&small_name(&seed, place, ""))
+            });
+            figures.add(
+                BY_BUILDERS,
+                "",
+                &builders.to_string(),
+                Unit::Microseconds,
+                miss.cpu_us,
+            );
+        }
+        let muster = serve(&b, 1);
+        let hit = |connections| {
+            measure(&b, &muster, 1_000, connections, secs, |place| {
+                narinfo_target(&paths[place])
+            })
+        };
+        hit(64);
+        for clients in [1, 25, 256] {
+            let got = hit(clients);
+            figures.add(
+                BY_CLIENTS,
+                "",
+                &clients.to_string(),
+                Unit::Microseconds,
+                got.cpu_us,
+            );
+            figures.add(
+                BY_CLIENTS_P99,
+                "",
+                &clients.to_string(),
+                Unit::Microseconds,
+                got.load.p99_us,
+            );
+        }
+    }
+
+    let about = format!(
+        "{rounds} rounds, all on {} cores; {}; load {}",
+        thread::available_parallelism().map_or(0, std::num::NonZero::get),
+        b.run("nix --version").out.trim(),
+        fs::read_to_string("/proc/loadavg")
+            .unwrap_or_default()
+            .trim(),
+    );
+    if let Some(file) = text("MUSTER_SCALE_JSON") {
+        let text = json!({ "about": about, "figures": figures.json() });
+        fs::write(file, format!("{text:#}\n")).expect("write the JSON file");
+    }
+    if let Some(file) = text("MUSTER_SCALE_SVG") {
+        let curves = [
+            (BY_BUILDERS, "builders"),
+            (BY_PATHS, "paths in the store"),
+            (BY_CLIENTS, "clients' connections"),
+            (BY_CLIENTS_P99, "clients' connections"),
+            (BY_ROUND_TRIP, "round trip, ms"),
+        ];
+        fs::write(file, figures.curves("How the cost grows", &about, &curves))
+            .expect("write the SVG file");
+    }
+    println!("\n{about}\n\n{}", figures.table());
+}
+
+/// Muster over so many links to the one daemon, connected to all.
+fn serve(b: &Machine, builders: usize) -> Muster<'_> {
+    let upstreams: String = (0..builders)
+        .map(|n| format!(" --upstream unix:///run/builder-{n}"))
+        .collect();
+    b.write("/etc/muster/config.toml", "memory-cache-size = \"2G\"\n");
+    let muster = Muster::serve(
+        b,
+        &format!("--no-machines --no-local-daemon --cache-size 0{upstreams}"),
+    );
+    let ask = "busybox wget -q -O - http://127.0.0.1:5000/healthz";
+    let well = || b.run(ask).out.matches(r#""state":"well""#).count();
+    assert!(eventually(20.0, || well() == builders), "{}", muster.log());
+    muster
+}
+
+struct Measured {
+    cpu_us: f64,
+    load: Load,
+}
+
+/// Asks for targets in turn and returns what one request cost.
+fn measure(
+    machine: &Machine,
+    muster: &Muster<'_>,
+    count: usize,
+    connections: usize,
+    secs: u32,
+    target: impl Fn(usize) -> String,
+) -> Measured {
+    let targets = load::targets(machine, "scale", (0..count).map(target));
+    let cpu = CpuGroup::new("scale");
+    cpu.take(muster.pid());
+    let load = load::load(machine, &targets, 5000, connections, secs);
+    let used = cpu.used().as_secs_f64() * 1e6;
+    Measured {
+        cpu_us: used / load.requests,
+        load,
+    }
+}
+
+/// A real client, Muster beside it, and a builder behind a line.
+struct RoundTrips {
+    r: Machine,
+    m: Machine,
+    c: Machine,
+    top: String,
+}
+
+impl RoundTrips {
+    fn new(lab: &Lab) -> Self {
+        let r = lab.machine("r", Nix::Debian12);
+        r.sshd().daemon();
+        let top = r.build_one("dag", "--arg n 200");
+        let m = lab.machine("m", Nix::Debian12);
+        m.builders(&["r"]);
+        Self {
+            r,
+            m,
+            c: lab.machine("c", Nix::Debian12),
+            top,
+        }
+    }
+
+    fn closure(&self, delay_ms: u64, figures: &mut Figures) {
+        let line = Line {
+            delay_ms,
+            cut_after_bytes: 0,
+            bytes_per_second: 0,
+        };
+        self.r.behind(line);
+        self.m.run("rm -rf /var/cache/muster").ok();
+        let muster = Muster::serve(&self.m, "--listen 0.0.0.0:5000 --no-local-daemon");
+        let ask = "busybox wget -q -O - http://127.0.0.1:5000/healthz";
+        let well = || self.m.run(ask).out.contains(r#""state":"well""#);
+        assert!(eventually(20.0, well), "{}", muster.log());
+        thread::sleep(std::time::Duration::from_secs(2));
+        self.c.fresh_store();
+        let got = self.c.run_for(
+            120.0,
+            &format!(
+                "nix-store --realise {} --max-jobs 16 --option substituters {} --option trusted-public-keys '{}'",
+                self.top,
+                muster.url(),
+                muster.key()
+            ),
+        );
+        let got = got.ok();
+        assert_eq!(
+            (got.built(), got.copied()),
+            (0, 201),
+            "{got}\n{}",
+            muster.log()
+        );
+        figures.add(
+            BY_ROUND_TRIP,
+            "",
+            &(delay_ms * 2).to_string(),
+            Unit::Seconds,
+            got.secs,
+        );
+    }
+}
+
+const SOCKET: &str = "/nix/var/nix/daemon-socket/socket";
+/// Paths that are looked up cold, spread over the whole store.
+const COLD_PATHS: usize = 1_000;
+
+const BY_BUILDERS: &str = "a path that nobody has, CPU of Muster a request";
+const BY_PATHS: &str = "a path that is found, CPU of Muster a request";
+const BY_CLIENTS: &str = "narinfo hit, CPU of Muster a request";
+const BY_CLIENTS_P99: &str = "narinfo hit, p99";
+const BY_ROUND_TRIP: &str = "closure of 201 paths, cold, real client";
