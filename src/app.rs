@@ -15,6 +15,7 @@ mod reload;
 pub mod sign_all;
 pub(crate) mod upstreams;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -25,13 +26,16 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tracing::{error, info, warn};
 
+use crate::cache::backend::Backend;
+use crate::cache::disk::{self, DiskCache};
 use crate::cache::memory;
 use crate::codec::compression::{EncoderOptions, Encoding};
 use crate::config::{CompressionSetting, Config};
 use crate::nix::cache_info::CacheInfo;
+use crate::nix::signature::SecretKey;
 use crate::server::{self, Info};
 use crate::substituter::publish::Publisher;
-use crate::substituter::{self, Setup, Substituter, closure, health, transfer};
+use crate::substituter::{self, Setup, Substituter, closure, filling, health, transfer};
 
 use listeners::Opened;
 use upstreams::Upstreams;
@@ -62,7 +66,8 @@ async fn run(config: Config, load: &dyn Fn() -> anyhow::Result<Config>) -> anyho
     let first = setup(&config, &mut upstreams, only_loopback)?;
     let (tell_info, info) = watch::channel(server_info(&config));
     let (tell_stop, stop) = watch::channel(false);
-    let substituter = Substituter::new(substituter_options(&config), first);
+    let cache = open_cache(&config);
+    let substituter = Substituter::new(substituter_options(&config), first, cache);
 
     let mut serving = tokio::spawn(server::serve(
         listeners,
@@ -159,6 +164,16 @@ impl Signals {
     }
 }
 
+/// Opens the cache on disk, if it is on; one that cannot be opened keeps nothing, and says so.
+fn open_cache(config: &Config) -> Option<Arc<dyn Backend>> {
+    let dir = config.cache_dir.as_ref()?;
+    let keys = config.secret_keys.iter().map(SecretKey::public).collect();
+    let mut options = disk::Options::new(config.cache_bytes, config.store_dir.clone(), keys);
+    options.priority = config.priority;
+    options.want_mass_query = config.want_mass_query;
+    Some(Arc::new(DiskCache::open(dir, options)))
+}
+
 fn setup(config: &Config, upstreams: &mut Upstreams, only_loopback: bool) -> anyhow::Result<Setup> {
     Ok(Setup {
         members: upstreams.members(config)?,
@@ -235,6 +250,7 @@ fn substituter_options(config: &Config) -> substituter::Options {
                     .unwrap_or(EncoderOptions::default().xz_level),
             },
         },
+        fill: filling::Options::default(),
         prefetch: config.prefetch.then(closure::Options::default),
         keep_interval: config.roots_lifetime / 2,
         tasks_max: 10_000,

@@ -10,6 +10,7 @@ use moka::sync::Cache;
 use crate::nix::hash::NarHash;
 use crate::nix::store_path::StorePathHash;
 
+use super::backend::NarFile;
 use super::policy::{Freshness, freshness};
 
 /// Narinfos by hash part, and hash parts that nobody had.
@@ -40,11 +41,22 @@ pub struct Entry {
     pub text: Bytes,
     /// The NAR hash that the text names; what is served under it never changes.
     pub nar_hash: NarHash,
+    /// The NAR that is kept here, which the text then names; nothing is kept under it but these bytes.
+    pub file: Option<NarFile>,
     /// Upstreams that said they have exactly this NAR, in the order of their answers.
     holders: Mutex<Vec<UpstreamId>>,
-    checked: Instant,
-    /// Seconds since `checked` at which a holder was last told to keep the path, plus one; 0: never.
+    checked: Checked,
+    /// Seconds since the time in `checked` at which a holder was last told to keep the path, plus one; 0: never.
     kept: AtomicU64,
+}
+
+/// When somebody was asked for what an entry says.
+#[derive(Clone, Copy, Debug)]
+pub enum Checked {
+    /// At this time.
+    At(Instant),
+    /// Before the program started; the time is when it was recalled.
+    Earlier(Instant),
 }
 
 /// What is known of a hash part.
@@ -79,7 +91,10 @@ impl NarInfoCache {
     /// Looks a hash part up.
     pub fn get(&self, hash: StorePathHash, now: Instant) -> Lookup {
         if let Some(entry) = self.present.get(&hash) {
-            let freshness = freshness(entry.checked, self.options.revalidate_after, now);
+            let freshness = match entry.checked {
+                Checked::At(time) => freshness(time, self.options.revalidate_after, now),
+                Checked::Earlier(_) => Freshness::Stale,
+            };
             return Lookup::Present(entry, freshness);
         }
         let believed =
@@ -131,14 +146,33 @@ impl NarInfoCache {
 }
 
 impl Entry {
-    /// Makes an entry of a finished text whose first holder is known.
-    pub fn new(text: Bytes, nar_hash: NarHash, holder: UpstreamId, checked: Instant) -> Self {
+    /// Makes an entry of a finished text and those who are known to have its NAR.
+    pub fn new(
+        text: Bytes,
+        nar_hash: NarHash,
+        file: Option<NarFile>,
+        holders: Vec<UpstreamId>,
+        checked: Checked,
+    ) -> Self {
         Self {
             text,
             nar_hash,
-            holders: Mutex::new(vec![holder]),
+            file,
+            holders: Mutex::new(holders),
             checked,
             kept: AtomicU64::new(0),
+        }
+    }
+
+    /// Returns the same with another text and file, as when its NAR has been cached.
+    pub fn with_file(&self, text: Bytes, file: Option<NarFile>) -> Self {
+        Self {
+            text,
+            nar_hash: self.nar_hash,
+            file,
+            holders: Mutex::new(self.holders()),
+            checked: self.checked,
+            kept: AtomicU64::new(self.kept.load(Ordering::Relaxed)),
         }
     }
 
@@ -147,26 +181,29 @@ impl Entry {
         self.lock().clone()
     }
 
-    /// Records a further holder of exactly this NAR.
-    pub fn add_holder(&self, holder: UpstreamId) {
+    /// Records a further holder of exactly this NAR; `false` when it was known.
+    pub fn add_holder(&self, holder: UpstreamId) -> bool {
         let mut holders = self.lock();
-        if !holders.contains(&holder) {
+        let new = !holders.contains(&holder);
+        if new {
             holders.push(holder);
         }
+        new
     }
 
-    /// Forgets a holder; `true` when none is left.
+    /// Forgets a holder; `true` when nobody has the NAR any more, not even we.
     pub fn remove_holder(&self, holder: UpstreamId) -> bool {
         let mut holders = self.lock();
         holders.retain(|h| *h != holder);
-        holders.is_empty()
+        holders.is_empty() && self.file.is_none()
     }
 
     /// Tells whether it is time to have the path kept alive, and notes that it is done.
     ///
     /// True for one caller in each `interval`.
     pub fn keep_is_due(&self, interval: Duration, now: Instant) -> bool {
-        let seconds = now.saturating_duration_since(self.checked).as_secs() + 1;
+        let (Checked::At(since) | Checked::Earlier(since)) = self.checked;
+        let seconds = now.saturating_duration_since(since).as_secs() + 1;
         let kept = self.kept.load(Ordering::Relaxed);
         let due = kept == 0 || seconds.saturating_sub(kept) >= interval.as_secs().max(1);
         due && self
@@ -199,7 +236,9 @@ mod tests {
 
     fn entry(text: &str, now: Instant) -> Arc<Entry> {
         let text = Bytes::copy_from_slice(text.as_bytes());
-        Arc::new(Entry::new(text, NarHash::of(b""), UpstreamId(0), now))
+        let holders = vec![UpstreamId(0)];
+        let nar_hash = NarHash::of(b"");
+        Arc::new(Entry::new(text, nar_hash, None, holders, Checked::At(now)))
     }
 
     #[test]

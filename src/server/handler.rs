@@ -10,13 +10,14 @@ use crate::codec::compression::Encoding;
 use crate::codec::slice::slice;
 use crate::substituter::Substituter;
 use crate::substituter::nar_url::NarUrl;
-use crate::substituter::transfer::NarBody;
+use crate::substituter::transfer::{Extent, NarBody};
 
 use super::Info;
 use super::error::Error;
 use super::range;
 use super::response::{self, Body};
 use super::route::Route;
+use super::splice::{FileBody, FileQueue};
 
 /// Answers requests.
 #[derive(Clone)]
@@ -31,8 +32,12 @@ impl Handler {
     }
 
     /// Answers one request. Dropped when the client leaves; what it asked for is given up, unless
-    /// somebody else waits for it too.
-    pub(super) async fn handle(&self, request: Request<Incoming>) -> Response<Body> {
+    /// somebody else waits for it too. `files` is the queue of its connection.
+    pub(super) async fn handle(
+        &self,
+        request: Request<Incoming>,
+        files: FileQueue,
+    ) -> Response<Body> {
         let only_head = match *request.method() {
             Method::GET => false,
             Method::HEAD => true,
@@ -42,7 +47,7 @@ impl Handler {
         let answer = match Route::parse(uri.path(), uri.query()) {
             Route::NarInfo(hash) => self.narinfo(hash).await,
             Route::Nar(url) if only_head => self.nar_head(&url).await,
-            Route::Nar(url) => self.nar(&url, &request).await,
+            Route::Nar(url) => self.nar(&url, &request, files).await,
             Route::CacheInfo => {
                 let text = self.info.borrow().cache_info.clone();
                 Ok(response::whole("text/x-nix-cache-info", text))
@@ -88,14 +93,12 @@ impl Handler {
     }
 
     async fn nar_head(&self, url: &NarUrl) -> Result<Response<Body>, Error> {
-        let size = self
-            .substituter
-            .nar_size(url)
-            .await
-            .ok_or(Error::NotFound)?;
-        Ok(match url.encoding {
-            Encoding::None => response::with_range(response::head(NAR, Some(size)), None, size),
-            Encoding::Zstd | Encoding::Xz => response::head(NAR, None),
+        let head = self.substituter.nar_head(url).await;
+        let head = head.ok_or(Error::NotFound)?;
+        let response = response::head(NAR, head.length);
+        Ok(match head.length.filter(|_| head.in_parts) {
+            Some(length) => response::with_range(response, None, length),
+            None => response,
         })
     }
 
@@ -103,32 +106,48 @@ impl Handler {
         &self,
         url: &NarUrl,
         request: &Request<Incoming>,
+        files: FileQueue,
     ) -> Result<Response<Body>, Error> {
-        let nar = self.substituter.nar(url).await.ok_or(Error::NotFound)?;
+        let extent = match range::is_asked_for(request.headers()) {
+            true => Extent::Part,
+            false => Extent::Whole,
+        };
+        let nar = self.substituter.nar(url, extent).await;
+        let nar = nar.ok_or(Error::NotFound)?;
         let size = nar.size_bytes;
-        if url.encoding != Encoding::None {
-            // Made on the fly: two of them need not be the same bytes, so no ranges.
-            return Ok(match nar.body {
-                NarBody::Whole(bytes) => response::whole(NAR, bytes),
-                NarBody::Stream(stream) => response::stream(NAR, stream, None),
-            });
-        }
-        let part = range::of(request.headers(), size)?;
-        let answer = match (nar.body, part.clone()) {
-            (NarBody::Whole(bytes), None) => response::whole(NAR, bytes),
-            (NarBody::Whole(bytes), Some(part)) => {
+        // What is made on the fly need not come out as the same bytes again, so it has no ranges.
+        let in_parts = match nar.body {
+            NarBody::File(_) => url.file_hash.is_some(),
+            NarBody::Whole(_) | NarBody::Stream(_) => url.encoding == Encoding::None,
+        };
+        let part = match in_parts {
+            true => range::of(request.headers(), size)?,
+            false => None,
+        };
+        let answer = match nar.body {
+            NarBody::File(kept) => {
+                let whole = 0..kept.nar.size_bytes;
+                let body = FileBody::new(kept, part.clone().unwrap_or(whole), files);
+                response::file(NAR, body)
+            }
+            NarBody::Whole(bytes) => {
                 // A whole NAR is in memory, so its size fits.
                 let place = |at: u64| usize::try_from(at).unwrap_or(bytes.len());
-                let part = place(part.start)..place(part.end);
-                response::whole(NAR, bytes.slice(part))
+                let wanted = part.clone().map(|part| place(part.start)..place(part.end));
+                response::whole(NAR, bytes.slice(wanted.unwrap_or(0..bytes.len())))
             }
-            (NarBody::Stream(stream), None) => response::stream(NAR, stream, Some(size)),
-            (NarBody::Stream(stream), Some(part)) => {
-                let length = part.end - part.start;
-                response::stream(NAR, slice(stream, part).boxed(), Some(length))
-            }
+            NarBody::Stream(stream) => match part.clone() {
+                Some(part) => {
+                    let length = part.end - part.start;
+                    response::stream(NAR, slice(stream, part).boxed(), Some(length))
+                }
+                None => response::stream(NAR, stream, in_parts.then_some(size)),
+            },
         };
-        Ok(response::with_range(answer, part, size))
+        Ok(match in_parts {
+            true => response::with_range(answer, part, size),
+            false => answer,
+        })
     }
 }
 

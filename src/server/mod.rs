@@ -13,6 +13,7 @@ pub mod listener;
 mod range;
 pub mod response;
 pub mod route;
+pub mod splice;
 
 use std::convert::Infallible;
 use std::pin::pin;
@@ -31,6 +32,7 @@ use crate::substituter::Substituter;
 
 use handler::Handler;
 use listener::{Listener, StallGuard, Stream};
+use splice::{FileQueue, Splice};
 
 /// The bounds of a server.
 #[derive(Clone, Debug)]
@@ -174,10 +176,12 @@ async fn connection(
 ) {
     let asked = Arc::new(Notify::new());
     let has_asked = Arc::clone(&asked);
+    let files = FileQueue::default();
+    let stream = Splice::new(stream, files.clone());
     let service = service_fn(move |request| {
         asked.notify_one();
-        let handler = handler.clone();
-        async move { Ok::<_, Infallible>(handler.handle(request).await) }
+        let (handler, files) = (handler.clone(), files.clone());
+        async move { Ok::<_, Infallible>(handler.handle(request, files).await) }
     });
     let io = TokioIo::new(StallGuard::new(stream, options.write_stall));
     let connection = http1::Builder::new()

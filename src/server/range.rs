@@ -6,12 +6,21 @@
 use std::ops::Range;
 
 use hyper::HeaderMap;
-use hyper::header::RANGE;
+use hyper::header::{IF_RANGE, RANGE};
 
 use super::error::Error;
 
+/// Tells whether a part is asked for, of whatever form.
+pub(super) fn is_asked_for(headers: &HeaderMap) -> bool {
+    headers.contains_key(RANGE) && !headers.contains_key(IF_RANGE)
+}
+
 /// Returns the part that is asked for; `None`: the whole.
 pub(super) fn of(headers: &HeaderMap, size_bytes: u64) -> Result<Option<Range<u64>>, Error> {
+    // Nothing here has a validator that a client could name.
+    if !is_asked_for(headers) {
+        return Ok(None);
+    }
     let Some(value) = headers.get(RANGE).and_then(|value| value.to_str().ok()) else {
         return Ok(None);
     };

@@ -13,6 +13,7 @@ use hyper::{Response, StatusCode};
 use crate::substituter::transfer;
 
 use super::error::Error;
+use super::splice::FileBody;
 
 /// The body of a response.
 pub enum Body {
@@ -27,6 +28,8 @@ pub enum Body {
         /// An error that waits until what came before it has been sent.
         failure: Option<transfer::Error>,
     },
+    /// A part of a file, sent by the kernel.
+    File(FileBody),
 }
 
 /// Answers with finished bytes.
@@ -46,6 +49,11 @@ pub fn stream(
         failure: None,
     };
     with_type(Response::new(body), content_type)
+}
+
+/// Answers with a part of a file.
+pub fn file(content_type: &'static str, body: FileBody) -> Response<Body> {
+    with_type(Response::new(Body::File(body)), content_type)
 }
 
 /// Answers with a head alone that names the length of the body that a GET would have.
@@ -144,11 +152,16 @@ impl HttpBody for Body {
                     None => Poll::Ready(None),
                 }
             }
+            Self::File(file) => Poll::Ready(file.next().map(|part| Ok(Frame::data(part)))),
         }
     }
 
     fn is_end_stream(&self) -> bool {
-        matches!(self, Self::Whole(None))
+        match self {
+            Self::Whole(bytes) => bytes.is_none(),
+            Self::Stream { .. } => false,
+            Self::File(file) => file.left() == 0,
+        }
     }
 
     fn size_hint(&self) -> SizeHint {
@@ -157,6 +170,7 @@ impl HttpBody for Body {
                 SizeHint::with_exact(bytes.as_ref().map_or(0, |b| b.len() as u64))
             }
             Self::Stream { left, .. } => left.map_or_else(SizeHint::default, SizeHint::with_exact),
+            Self::File(file) => SizeHint::with_exact(file.left()),
         }
     }
 }

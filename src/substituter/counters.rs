@@ -20,6 +20,8 @@ pub struct Counters {
     pub narinfo_requests: Counter,
     /// Narinfos answered from memory.
     pub narinfo_memory_hits: Counter,
+    /// Narinfos answered from what was kept on disk.
+    pub narinfo_recalled: Counter,
     /// Narinfos found by asking.
     pub narinfo_found: Counter,
     /// Narinfos that nobody has, said with full knowledge.
@@ -30,6 +32,8 @@ pub struct Counters {
     pub narinfo_prefetched: Counter,
     /// NARs begun.
     pub nar_requests: Counter,
+    /// NARs served as the files that they are kept in.
+    pub nar_kept: Counter,
     /// NAR bytes given out, before compression.
     pub nar_bytes: Counter,
     /// NARs that no holder could give.

@@ -34,6 +34,7 @@ pub struct Member {
     /// What asking it for a path that nobody can have has shown about it.
     vetting: AtomicU8,
     in_care: AtomicBool,
+    own_store: bool,
     /// Answers that were refused: unsigned path infos, NARs of another hash.
     pub refused: AtomicU64,
     /// Path infos that were found here.
@@ -71,10 +72,23 @@ impl Member {
             told: Mutex::new(None),
             vetting: AtomicU8::new(UNVETTED),
             in_care: AtomicBool::new(false),
+            own_store: false,
             refused: AtomicU64::new(0),
             found: AtomicU64::new(0),
             figures: Figures::default(),
         }
+    }
+
+    /// Says that it is this machine's own store.
+    #[must_use]
+    pub fn of_own_store(mut self, own_store: bool) -> Self {
+        self.own_store = own_store;
+        self
+    }
+
+    /// Tells whether it is this machine's own store, so that its NARs are on this disk already.
+    pub fn is_own_store(&self) -> bool {
+        self.own_store
     }
 
     /// Returns the state of its standing connection.

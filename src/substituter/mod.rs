@@ -14,7 +14,9 @@ mod care;
 pub mod closure;
 pub mod counters;
 pub mod figures;
+pub mod filling;
 pub mod health;
+pub mod kept;
 pub mod member;
 pub mod nar_url;
 pub mod publish;
@@ -34,6 +36,7 @@ use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
 use tracing::warn;
 
+use crate::cache::backend::Backend;
 use crate::cache::memory::{self, Entry, UpstreamId};
 use crate::nix::build_trace::{BuildTraceEntry, BuildTraceKey};
 use crate::nix::narinfo::NarInfo;
@@ -62,6 +65,8 @@ pub struct Options {
     pub health: health::Options,
     /// Of transfers.
     pub transfer: transfer::Options,
+    /// Of filling the cache.
+    pub fill: filling::Options,
     /// Of fetching path infos ahead; `None`: not done.
     pub prefetch: Option<closure::Options>,
     /// How often a path that is asked for is kept alive on its builder anew; half of the time
@@ -81,8 +86,10 @@ pub struct Setup {
 
 impl Substituter {
     /// Makes a substituter over these upstreams.
-    pub fn new(options: Options, setup: Setup) -> Self {
-        let shared = Shared::new(options, setup);
+    ///
+    /// `backend` keeps NARs and what is known of paths beyond memory, if anything does.
+    pub fn new(options: Options, setup: Setup, backend: Option<Arc<dyn Backend>>) -> Self {
+        let shared = Shared::new(options, setup, backend);
         let shared = Arc::new(shared);
         Self { shared }
     }
@@ -97,19 +104,22 @@ impl Substituter {
     }
 
     /// Opens the NAR that a URL names; `None` when no holder can give it.
-    pub async fn nar(&self, url: &nar_url::NarUrl) -> Option<transfer::Nar> {
+    pub async fn nar(
+        &self,
+        url: &nar_url::NarUrl,
+        extent: transfer::Extent,
+    ) -> Option<transfer::Nar> {
         self.shared.counters.nar_requests.increment();
-        let nar = transfer::open(&self.shared, url).await;
+        let nar = transfer::open(&self.shared, url, extent).await;
         if nar.is_none() {
             self.shared.counters.nar_absent.increment();
         }
         nar
     }
 
-    /// Returns the size of the NAR that a URL names in bytes, without opening it.
-    pub async fn nar_size(&self, url: &nar_url::NarUrl) -> Option<u64> {
-        let info = transfer::info(&self.shared, url).await?;
-        Some(info.nar_size)
+    /// Returns what the answer to a NAR request would be, without opening it.
+    pub async fn nar_head(&self, url: &nar_url::NarUrl) -> Option<transfer::Head> {
+        transfer::head(&self.shared, url).await
     }
 
     /// Returns the build log of a derivation, from the first upstream that has one.
@@ -180,6 +190,9 @@ impl Substituter {
     /// Ends all background work and waits until it is gone.
     pub async fn stop(&self) {
         self.shared.tasks.stop().await;
+        if let Some(kept) = &self.shared.kept {
+            kept.backend.stop().await;
+        }
     }
 }
 

@@ -2,11 +2,12 @@
 
 use bytes::Bytes;
 
+use crate::cache::backend::NarFile;
 use crate::codec::compression::Encoding;
 use crate::nix::fingerprint;
 use crate::nix::hash::{Algorithm, Hash};
 use crate::nix::narinfo::NarInfo;
-use crate::nix::path_info::{Basis, Verified};
+use crate::nix::path_info::{Basis, PathInfo, Verified};
 use crate::nix::signature::{SecretKey, Signature};
 use crate::nix::store_path::StoreDir;
 
@@ -47,6 +48,7 @@ impl Publisher {
             path_hash: verified.path.hash(),
             nar_hash: verified.nar_hash,
             encoding: self.encoding,
+            file_hash: None,
         };
         let mut info = (**verified).clone();
         let ours = |s: &Signature| self.keys.iter().any(|key| key.name() == s.key_name());
@@ -67,7 +69,46 @@ impl Publisher {
             file_size: plain.then_some(info.nar_size),
             info,
         };
-        Bytes::from(narinfo.render(&self.store_dir))
+        self.finish(&narinfo)
+    }
+
+    /// Rewrites a published text, so that it names the kept file; `None`: it is no text of ours.
+    ///
+    /// Signatures do not cover where a NAR is and how it is compressed.
+    pub fn with_file(&self, text: &[u8], file: &NarFile) -> Option<Bytes> {
+        let text = std::str::from_utf8(text).ok()?;
+        let narinfo = NarInfo::parse(text, &self.store_dir).ok()?;
+        Some(self.narinfo_of(narinfo.info, file))
+    }
+
+    /// Writes the narinfo of a kept file; `signed` carries the signatures that are to be in it.
+    pub fn narinfo_of(&self, signed: PathInfo, file: &NarFile) -> Bytes {
+        self.finish(&NarInfo {
+            url: file.name(&signed).url(),
+            compression: Encoding::Zstd.compression(),
+            file_hash: Hash::new(Algorithm::Sha256, &file.hash.0),
+            file_size: Some(file.size_bytes),
+            info: signed,
+        })
+    }
+
+    /// Drops our own signatures, as records keep what others said.
+    pub fn without_ours(&self, mut info: PathInfo) -> PathInfo {
+        info.signatures.retain(|signature| {
+            let key_name = signature.key_name();
+            !self.keys.iter().any(|key| key.name() == key_name)
+        });
+        info
+    }
+
+    fn finish(&self, narinfo: &NarInfo) -> Bytes {
+        // Without the room that the text did not need: it may be kept for long.
+        Bytes::from(
+            narinfo
+                .render(&self.store_dir)
+                .into_boxed_str()
+                .into_boxed_bytes(),
+        )
     }
 }
 

@@ -55,7 +55,14 @@ pub(super) async fn entry(
                 return None;
             }
             Lookup::Miss if shared.came_back(hash) => return None,
-            Lookup::Miss => {}
+            Lookup::Miss => {
+                if let Some(entry) = shared.recall(&shared.setup(), hash, asked) {
+                    count(&shared.counters.narinfo_recalled);
+                    revalidate(shared, hash, &entry);
+                    shared.keep(hash, &entry, asked);
+                    return Some(entry);
+                }
+            }
         }
         let lead = || ask_all(Arc::clone(shared), hash);
         // An announced flight that was abandoned: look again, and lead this time.
@@ -94,7 +101,7 @@ async fn ask_setup(
                 let entry = shared.commit(setup, &member, &verified, now());
                 let entry = entry.ok_or(Outdated)?;
                 shared.counters.narinfo_found.increment();
-                note_late_answers(shared, asked.answers, &entry);
+                note_late_answers(shared, setup, asked.answers, &entry);
                 closure::follow(shared, &member, &verified);
                 return Ok(Some(entry));
             }
@@ -150,15 +157,20 @@ pub(super) fn ask(setup: &Arc<Setup>, hash: StorePathHash, left_out: &[UpstreamI
 }
 
 /// Records who else has the path, without delaying the first answer.
-fn note_late_answers(shared: &Arc<Shared>, mut answers: Answers, entry: &Arc<Entry>) {
+fn note_late_answers(
+    shared: &Arc<Shared>,
+    setup: &Arc<Setup>,
+    mut answers: Answers,
+    entry: &Arc<Entry>,
+) {
     if answers.is_empty() {
         return;
     }
-    let (held, entry) = (Arc::clone(shared), Arc::clone(entry));
+    let (held, setup, entry) = (Arc::clone(shared), Arc::clone(setup), Arc::clone(entry));
     shared.tasks.spawn(async move {
         while let Some((member, answer)) = answers.next().await {
             if let Answer::Found(info) = answer {
-                held.note_holder(&entry, &member, &info);
+                held.note_holder(&setup, &entry, &member, &info);
             }
         }
     });
@@ -194,7 +206,7 @@ async fn ask_again(shared: &Arc<Shared>, hash: StorePathHash, entry: &Arc<Entry>
         match answer {
             Answer::Found(info) if info.nar_hash == entry.nar_hash => same.push((member, info)),
             Answer::Found(info) => {
-                shared.note_holder(entry, &member, &info);
+                shared.note_holder(&setup, entry, &member, &info);
                 denied.push(member.id);
                 other.get_or_insert((member, info));
             }
@@ -208,11 +220,13 @@ async fn ask_again(shared: &Arc<Shared>, hash: StorePathHash, entry: &Arc<Entry>
     let mut same = same.into_iter();
     if let Some((member, info)) = same.next() {
         if let Some(fresh) = shared.recommit(&setup, &member, &info, now) {
-            same.for_each(|(member, _)| fresh.add_holder(member.id));
-            holders.into_iter().for_each(|id| fresh.add_holder(id));
+            same.for_each(|(member, info)| shared.note_holder(&setup, &fresh, &member, &info));
+            for id in holders {
+                fresh.add_holder(id);
+            }
         }
-    } else if !holders.is_empty() {
-        // No holder contradicts it: believed for another while, from what was known.
+    } else if !holders.is_empty() || entry.file.is_some() {
+        // No holder contradicts it, or its NAR is here: believed for another while.
         shared.extend(&setup, hash, entry, &holders, now);
     } else if let Some((member, info)) = other {
         shared.recommit(&setup, &member, &info, now);

@@ -18,6 +18,7 @@ use crate::nix::path_info::PathInfo;
 use crate::upstream::{self, NarStream};
 
 use super::berth::Berth;
+use super::kept::KEPT;
 use super::member::Member;
 use super::shared::Shared;
 use super::source::Source;
@@ -60,10 +61,10 @@ impl Relay {
         }
     }
 
-    /// Reads and checks the whole NAR; `None` when no holder gives it rightly.
+    /// Reads and checks the whole NAR, and gives its source back; `None` when no holder gives it rightly.
     ///
     /// Dropped, the transfer ends.
-    pub(super) async fn whole(mut self) -> Option<Bytes> {
+    pub(super) async fn whole(mut self) -> Option<(Bytes, Source)> {
         let (shared, info) = (Arc::clone(&self.source.shared), self.info());
         loop {
             let bytes = stream::unfold(&mut self, |relay| async move {
@@ -73,7 +74,7 @@ impl Relay {
             match digest::whole(bytes.boxed(), info.nar_hash, info.nar_size).await {
                 Ok(nar) => {
                     shared.counters.nar_bytes.add(nar.len() as u64);
-                    return Some(nar);
+                    return Some((nar, self.source));
                 }
                 Err(DigestError::Source(_)) => return None,
                 Err(error) => {
@@ -267,6 +268,9 @@ fn blame(shared: &Shared, info: &PathInfo, givers: &Mutex<Givers>, cause: &str) 
     for member in givers.to_blame(info.nar_hash) {
         member.refused.fetch_add(1, Ordering::Relaxed);
         shared.corrupt.insert((info.path.hash(), member.id), ());
+        if member.id == KEPT {
+            shared.distrust_kept(info, cause);
+        }
         shared.forget_holder(info.path.hash(), info.nar_hash, member.id);
         names.push(member.upstream.name());
     }

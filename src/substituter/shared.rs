@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::Semaphore;
 use tracing::{debug, warn};
 
-use crate::cache::memory::{Entry, Lookup, NarInfoCache, UpstreamId};
+use crate::cache::backend::{Backend, NarFile};
+use crate::cache::memory::{Checked, Entry, Lookup, NarInfoCache, UpstreamId};
 use crate::cache::policy::Freshness;
 use crate::cache::single_flight::SingleFlight;
 use crate::codec::compression::Encoder;
@@ -20,6 +21,8 @@ use crate::nix::store_path::{StorePath, StorePathHash};
 
 use super::berth::Berths;
 use super::counters::Counters;
+use super::filling::Fillings;
+use super::kept::{self, KEPT};
 use super::member::Member;
 use super::tasks::Tasks;
 use super::{Options, Setup, now};
@@ -48,6 +51,15 @@ pub(super) struct Shared {
     pub(super) encoder: Encoder,
     /// Streams of transfers whose clients do not read at the moment.
     pub(super) berths: Berths,
+    /// What is kept beyond memory, if anything is.
+    pub(super) kept: Option<Kept>,
+    pub(super) fillings: Fillings,
+}
+
+/// The cache below, and the member that stands for it as a holder.
+pub(super) struct Kept {
+    pub(super) backend: Arc<dyn Backend>,
+    pub(super) member: Arc<Member>,
 }
 
 /// A path of which an upstream has another NAR than the one that is served.
@@ -60,7 +72,7 @@ pub(super) struct Divergence {
 }
 
 impl Shared {
-    pub(super) fn new(options: Options, setup: Setup) -> Self {
+    pub(super) fn new(options: Options, setup: Setup, backend: Option<Arc<dyn Backend>>) -> Self {
         let walks = options.prefetch.clone().unwrap_or_default();
         Self {
             cache: NarInfoCache::new(options.memory.clone()),
@@ -79,6 +91,11 @@ impl Shared {
                 .build(),
             encoder: Encoder::new(options.transfer.encoder.clone()),
             berths: Berths::default(),
+            kept: backend.map(|backend| Kept {
+                member: kept::member(Arc::clone(&backend), now()),
+                backend,
+            }),
+            fillings: Fillings::new(&options.fill),
             options,
         }
     }
@@ -127,7 +144,7 @@ impl Shared {
             Lookup::Present(entry, freshness)
                 if freshness == Freshness::Fresh || entry.nar_hash != verified.nar_hash =>
             {
-                self.note_holder(&entry, member, verified);
+                self.note_holder(setup, &entry, member, verified);
                 self.if_current(setup, || entry)
             }
             _ => self.recommit(setup, member, verified, now),
@@ -145,9 +162,17 @@ impl Shared {
     }
 
     /// Records a late answer: one more holder, or one of different bytes.
-    pub(super) fn note_holder(&self, entry: &Entry, member: &Member, info: &PathInfo) {
+    pub(super) fn note_holder(
+        &self,
+        setup: &Setup,
+        entry: &Entry,
+        member: &Member,
+        info: &Verified,
+    ) {
         if info.nar_hash == entry.nar_hash {
-            entry.add_holder(member.id);
+            if entry.add_holder(member.id) {
+                self.remember(setup, member, info);
+            }
             return;
         }
         let mut divergent = self
@@ -182,12 +207,30 @@ impl Shared {
         verified: &Verified,
         now: Instant,
     ) -> Option<Arc<Entry>> {
-        let text = setup.publisher.publish(verified);
-        let entry = Arc::new(Entry::new(text, verified.nar_hash, member.id, now));
-        self.if_current(setup, || {
+        let mut text = setup.publisher.publish(verified);
+        let file = self.kept_file(verified);
+        if let Some(file) = &file {
+            text = setup.publisher.with_file(&text, file).unwrap_or(text);
+        }
+        let holders = vec![member.id];
+        let entry = Entry::new(text, verified.nar_hash, file, holders, Checked::At(now));
+        let entry = Arc::new(entry);
+        let kept = self.if_current(setup, || {
             self.cache.commit(verified.path.hash(), Arc::clone(&entry));
             entry
-        })
+        });
+        if kept.is_some() {
+            self.remember(setup, member, verified);
+        }
+        kept
+    }
+
+    /// Returns the file that this NAR of a path is kept in.
+    pub(super) fn kept_file(&self, info: &PathInfo) -> Option<NarFile> {
+        let record = self.kept.as_ref()?.backend.look_up(info.path.hash())?;
+        record
+            .file
+            .filter(|_| record.info.nar_hash == info.nar_hash)
     }
 
     /// Believes what is known for another while, of these holders.
@@ -199,16 +242,18 @@ impl Shared {
         holders: &[UpstreamId],
         now: Instant,
     ) {
-        let Some((first, others)) = holders.split_first() else {
-            return;
-        };
-        let fresh = Entry::new(entry.text.clone(), entry.nar_hash, *first, now);
-        others.iter().for_each(|id| fresh.add_holder(*id));
+        let (text, holders) = (entry.text.clone(), holders.to_vec());
+        let fresh = Entry::new(text, entry.nar_hash, entry.file, holders, Checked::At(now));
         self.if_current(setup, || self.cache.commit(hash, Arc::new(fresh)));
     }
 
     /// Notes that an upstream does not have this NAR of a path any more.
     pub(super) fn forget_holder(&self, hash: StorePathHash, nar_hash: NarHash, id: UpstreamId) {
+        if id == KEPT {
+            // Its text names a file that is not there; what is known besides is recalled or asked anew.
+            self.cache.remove(hash);
+            return;
+        }
         if let Lookup::Present(entry, _) = self.cache.get(hash, now())
             && entry.nar_hash == nar_hash
             && entry.remove_holder(id)

@@ -7,11 +7,12 @@ use futures_util::StreamExt as _;
 use tokio::time::sleep;
 use tracing::{debug, warn};
 
-use crate::cache::memory::UpstreamId;
+use crate::cache::memory::{Entry, UpstreamId};
 use crate::nix::hash::NarHash;
 use crate::nix::path_info::{PathInfo, Verified};
 use crate::upstream::{self, NarStream};
 
+use super::kept::KEPT;
 use super::member::{Answer, Member};
 use super::nar_url::NarUrl;
 use super::query::{self, Answers, Wanted};
@@ -21,6 +22,8 @@ use super::shared::Shared;
 pub(super) struct Source {
     pub(super) shared: Arc<Shared>,
     pub(super) info: Arc<PathInfo>,
+    /// Who vouches for just this NAR; `None`: it is not the one that narinfos name.
+    pub(super) holders: Option<Vec<UpstreamId>>,
     /// Holders to be tried, the best first.
     waiting: VecDeque<Arc<Member>>,
     tried: Vec<UpstreamId>,
@@ -36,26 +39,55 @@ impl Source {
     /// Finds the path info of exactly the NAR that a URL names; `None`: nobody knows it.
     pub(super) async fn locate(shared: &Arc<Shared>, url: &NarUrl) -> Option<Self> {
         let entry = query::entry(shared, url.path_hash, Wanted::Nar).await?;
+        Self::of_entry(shared, url, &entry).await
+    }
+
+    /// Finds the same where the path's narinfo is known.
+    pub(super) async fn of_entry(
+        shared: &Arc<Shared>,
+        url: &NarUrl,
+        entry: &Entry,
+    ) -> Option<Self> {
         let setup = shared.setup();
-        let (info, waiting, others) = if entry.nar_hash == url.nar_hash {
-            let holders = entry.holders().into_iter();
-            let members = holders.filter_map(|id| setup.member(id).cloned());
-            (setup.parse(&entry)?, members.collect(), None)
+        let (info, holders, waiting, others) = if entry.nar_hash == url.nar_hash {
+            let holders = entry.holders();
+            let members = holders.iter().filter_map(|id| setup.member(*id).cloned());
+            let kept = shared.kept.as_ref().filter(|_| entry.file.is_some());
+            let kept = kept.map(|kept| Arc::clone(&kept.member));
+            let waiting = kept.into_iter().chain(members).collect();
+            (setup.parse(entry)?, Some(holders), waiting, None)
         } else {
             // A client remembers another build of this path; somebody may still have it.
             let mut others = query::ask(&setup, url.path_hash, &[]).answers;
             let (member, found) = next_of(&mut others, url.nar_hash).await?;
-            ((*found).clone(), VecDeque::from([member]), Some(others))
+            (
+                (*found).clone(),
+                None,
+                VecDeque::from([member]),
+                Some(others),
+            )
         };
         Some(Self {
             shared: Arc::clone(shared),
             info: Arc::new(info),
+            holders,
             waiting,
             tried: Vec::new(),
             set_aside: Vec::new(),
             tried_again: 0,
             others,
         })
+    }
+
+    /// Tells whether the first to be tried is this machine's own store, or the cache itself.
+    pub(super) fn is_here(&self) -> bool {
+        let first = self.waiting.front();
+        first.is_some_and(|member| member.id == KEPT || member.is_own_store())
+    }
+
+    /// Tells whether the NAR comes out of the cache.
+    pub(super) fn is_kept(&self) -> bool {
+        self.waiting.front().is_some_and(|member| member.id == KEPT)
     }
 
     /// Opens the NAR at the next holder that has it.

@@ -3,8 +3,12 @@
 //! Small NARs are read and checked whole before the first byte is given out; of larger ones the
 //! last chunk is held back until size and hash agree.
 //!
+//! What is kept on disk is served as the file that it is. Everything else is kept on its way, see
+//! [`super::filling`], but what is asked for uncompressed and lies in this machine's own store: a copy
+//! of it would save nothing.
+//!
 //! ```text
-//! source (who has it) -> relay (next holder at the same byte) -> digest -> encoder
+//! source (who has it) -> relay (next holder at the same byte) -> digest -> filling | encoder
 //! ```
 
 use std::sync::Arc;
@@ -12,15 +16,19 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::StreamExt as _;
-use futures_util::stream::BoxStream;
+use futures_util::stream::{BoxStream, Stream};
 use tokio::sync::OwnedSemaphorePermit;
 use tracing::warn;
 
-use crate::codec::compression::{EncodeError, EncoderOptions, Encoding};
-use crate::nix::path_info::PathInfo;
+use crate::cache::memory::Entry;
+use crate::cache::nar_name::NarName;
+use crate::codec::compression::{EncodeError, EncodedNar, EncoderOptions, Encoding};
 use crate::upstream;
 
+use super::filling::{self, Begun};
+use super::kept::{KEPT, KeptNar};
 use super::nar_url::NarUrl;
+use super::query::{self, Wanted};
 use super::relay::Relay;
 use super::shared::Shared;
 use super::source::Source;
@@ -54,6 +62,8 @@ pub enum NarBody {
     Whole(Bytes),
     /// A checked stream: whoever reads it to its end without an error has the right bytes.
     Stream(BoxStream<'static, Result<Bytes, Error>>),
+    /// A kept file.
+    File(KeptNar),
 }
 
 /// Why a transfer was cut.
@@ -80,34 +90,156 @@ pub enum Error {
     Encoder(String),
 }
 
+/// How much of a NAR a client asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extent {
+    /// All of it.
+    Whole,
+    /// A part, as of a transfer that it resumes.
+    Part,
+}
+
 /// Opens the NAR that a URL names; `None` when no holder can give it.
 ///
-/// Dropped, or its stream dropped, the transfer ends and the builder's channel is free.
-pub(super) async fn open(shared: &Arc<Shared>, url: &NarUrl) -> Option<Nar> {
-    let source = Source::locate(shared, url).await?;
+/// A part of a file that is not kept any more is given only if the very same file can be made again:
+/// then that is done first. Dropped, or its stream dropped, the transfer ends and the builder's channel is
+/// free, unless it is being kept.
+pub(super) async fn open(shared: &Arc<Shared>, url: &NarUrl, extent: Extent) -> Option<Nar> {
+    let entry = query::entry(shared, url.path_hash, Wanted::Nar).await?;
+    let kept = kept(shared, url, &entry);
+    if kept.is_some() {
+        return kept;
+    }
+    let source = Source::of_entry(shared, url, &entry).await?;
+    if extent == Extent::Part && url.file_hash.is_some() {
+        let made_again = keep_first(shared, source, url).await;
+        return match made_again {
+            Some(nar) => Some(nar),
+            None => begin(shared, Source::of_entry(shared, url, &entry).await?, url).await,
+        };
+    }
+    begin(shared, source, url).await
+}
+
+/// Begins to read a NAR that is not served as a file.
+async fn begin(shared: &Arc<Shared>, source: Source, url: &NarUrl) -> Option<Nar> {
     let size_bytes = source.info.nar_size;
     let body = if size_bytes <= shared.options.transfer.whole_bytes_max {
         NarBody::Whole(whole(shared, source, url.encoding).await?)
+    } else if let Some(filling) = shared.fillings.running(&source.info) {
+        NarBody::Stream(filling.give(shared, url, None))
+    } else if source.is_kept() || (source.is_here() && url.encoding == Encoding::None) {
+        NarBody::Stream(encoded(shared, source, url.encoding).await?)
     } else {
-        let checked = Relay::new(source).into_checked().await?;
-        NarBody::Stream(match url.encoding {
-            Encoding::None => checked,
-            encoding => {
-                let encoded = shared.encoder.encode_stream(encoding, size_bytes, checked);
-                let cut = |error| match error {
-                    EncodeError::Source(error) => error,
-                    EncodeError::Encoder(error) => Error::Encoder(error.to_string()),
-                };
-                encoded.map(move |item| item.map_err(cut)).boxed()
+        match filling::begin(source, url).await? {
+            Begun::Kept(stream, _) => NarBody::Stream(stream),
+            Begun::Direct(checked) => {
+                let encoded = shared
+                    .encoder
+                    .encode_stream(url.encoding, size_bytes, checked);
+                NarBody::Stream(named(encoded))
             }
-        })
+        }
     };
     Some(Nar { size_bytes, body })
 }
 
-/// Finds the path info of exactly the NAR that a URL names.
-pub(super) async fn info(shared: &Arc<Shared>, url: &NarUrl) -> Option<Arc<PathInfo>> {
-    Source::locate(shared, url).await.map(|source| source.info)
+/// Opens a NAR without keeping it, in the encoding of the URL.
+pub(super) async fn directly(
+    shared: &Arc<Shared>,
+    url: &NarUrl,
+) -> Option<BoxStream<'static, Result<Bytes, Error>>> {
+    let source = Source::locate(shared, url).await?;
+    encoded(shared, source, url.encoding).await
+}
+
+async fn encoded(
+    shared: &Shared,
+    source: Source,
+    encoding: Encoding,
+) -> Option<BoxStream<'static, Result<Bytes, Error>>> {
+    let nar_size = source.info.nar_size;
+    let checked = Relay::new(source).into_checked().await?;
+    Some(match encoding {
+        Encoding::None => checked,
+        _ => named(shared.encoder.encode_stream(encoding, nar_size, checked)),
+    })
+}
+
+/// Opens the kept file of a NAR, where its bytes are what the URL means.
+fn kept(shared: &Shared, url: &NarUrl, entry: &Entry) -> Option<Nar> {
+    let file = entry.file.filter(|_| entry.nar_hash == url.nar_hash)?;
+    if url.encoding != Encoding::Zstd || url.file_hash.is_some_and(|hash| hash != file.hash) {
+        return None;
+    }
+    let name = NarName {
+        path_hash: url.path_hash,
+        nar_hash: url.nar_hash,
+        file_hash: file.hash,
+    };
+    let backend = &shared.kept.as_ref()?.backend;
+    let Some(kept) = KeptNar::open(backend, name) else {
+        shared.forget_holder(url.path_hash, url.nar_hash, KEPT);
+        return None;
+    };
+    shared.counters.nar_kept.increment();
+    Some(Nar {
+        size_bytes: file.size_bytes,
+        body: NarBody::File(kept),
+    })
+}
+
+/// Keeps a NAR whole before any of it is given; `None` where that is not the file that the URL names.
+async fn keep_first(shared: &Arc<Shared>, source: Source, url: &NarUrl) -> Option<Nar> {
+    let info = Arc::clone(&source.info);
+    let (filling, _client) = match shared.fillings.running(&info) {
+        Some(filling) => (Arc::clone(&filling), filling.give(shared, url, None)),
+        None => match filling::begin(source, url).await? {
+            Begun::Kept(stream, filling) => (filling, stream),
+            Begun::Direct(_) => return None,
+        },
+    };
+    filling.kept().await?;
+    let entry = query::entry(shared, url.path_hash, Wanted::Nar).await?;
+    kept(shared, url, &entry)
+}
+
+/// Says how large the answer is and whether parts of it can be asked for, without opening it.
+pub(super) async fn head(shared: &Arc<Shared>, url: &NarUrl) -> Option<Head> {
+    let entry = query::entry(shared, url.path_hash, Wanted::Nar).await?;
+    if let Some(kept) = kept(shared, url, &entry) {
+        return Some(Head {
+            length: Some(kept.size_bytes),
+            in_parts: url.file_hash.is_some(),
+        });
+    }
+    let info = Source::of_entry(shared, url, &entry).await?.info;
+    let plain = url.encoding == Encoding::None;
+    Some(Head {
+        length: plain.then_some(info.nar_size),
+        in_parts: plain,
+    })
+}
+
+/// What a NAR's answer would be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Head {
+    /// Bytes of the body, where they are known beforehand.
+    pub length: Option<u64>,
+    /// Whether the body can be had in parts.
+    pub in_parts: bool,
+}
+
+/// Names what an encoder's stream broke off for.
+pub(super) fn named<S>(encoded: EncodedNar<S>) -> BoxStream<'static, Result<Bytes, Error>>
+where
+    S: Stream<Item = Result<Bytes, Error>> + Send + Unpin + 'static,
+{
+    let cut = |error| match error {
+        EncodeError::Source(error) => error,
+        EncodeError::Encoder(error) => Error::Encoder(error.to_string()),
+    };
+    encoded.map(move |item| item.map_err(cut)).boxed()
 }
 
 /// Reads, checks and encodes a small NAR once there is room for it in memory.
@@ -117,12 +249,19 @@ async fn whole(shared: &Arc<Shared>, source: Source, encoding: Encoding) -> Opti
     let permits = kib.clamp(1, shared.options.transfer.whole_kib_max);
     let room = Arc::clone(&shared.whole_nars);
     let permit = room.acquire_many_owned(permits).await.ok()?;
-    let nar = Relay::new(source).whole().await?;
-    match shared.encoder.encode_whole(encoding, nar).await {
-        Ok(bytes) => Some(Bytes::from_owner(Held {
-            bytes,
-            _permit: permit,
-        })),
+    let keep = !source.is_kept() && (encoding != Encoding::None || !source.is_here());
+    let (nar, source) = Relay::new(source).whole().await?;
+    match shared.encoder.encode_whole(encoding, nar.clone()).await {
+        Ok(bytes) => {
+            if keep {
+                let encoded = (encoding == Encoding::Zstd).then(|| bytes.clone());
+                filling::keep_small(&source, nar, encoded);
+            }
+            Some(Bytes::from_owner(Held {
+                bytes,
+                _permit: permit,
+            }))
+        }
         Err(error) => {
             warn!(path = %info.path, %error, "cannot be compressed");
             None
