@@ -272,6 +272,7 @@ mod tests {
 
     fn environment(dir: &Path) -> Environment {
         Environment {
+            cache_dir: None,
             state_dir: Some(dir.join("a/state")),
             credentials_dir: Some(dir.join("credentials")),
             daemon_socket: dir.join("socket"),
