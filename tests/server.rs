@@ -130,7 +130,7 @@ async fn compressed_nars_decode_to_the_nar_and_have_no_ranges() {
         a.add(info, nar);
     }
     let setup = setup(&[a], &Trust::Operator, Encoding::Zstd);
-    let served = serve(Substituter::new(options(), setup)).await;
+    let served = serve(support::new_substituter(options(), setup)).await;
     for (info, nar) in &paths {
         let narinfo = get(served.address, &narinfo_target(info)).await;
         assert!(narinfo.text().contains("Compression: zstd\n"));
@@ -278,7 +278,10 @@ async fn another_build_of_the_path_is_no_source_for_a_remembered_url() {
     a.add(&info, &nar);
     b.add(&other, &other_nar);
     *b.delay.lock().unwrap() = Duration::from_millis(20);
-    let substituter = substituter(&[Arc::clone(&a), Arc::clone(&b)]);
+    // What is kept would be given without a.
+    let upstreams = [Arc::clone(&a), Arc::clone(&b)];
+    let setup = setup(&upstreams, &Trust::Operator, Encoding::None);
+    let substituter = Substituter::new(options(), setup, None);
     let served = serve(substituter.clone()).await;
     let first = nar_target(&get(served.address, &narinfo_target(&info)).await);
     assert_eq!(get(served.address, &first).await.body, nar);
@@ -354,7 +357,8 @@ async fn a_client_that_leaves_frees_the_builder_at_once() {
         options.transfer.stall = Duration::from_secs(60);
         options.transfer.stall_last = Duration::from_secs(60);
         let setup = setup(std::slice::from_ref(&a), &Trust::Operator, Encoding::None);
-        let served = serve(Substituter::new(options, setup)).await;
+        // Where NARs are kept, one that was begun is worth finishing.
+        let served = serve(Substituter::new(options, setup, None)).await;
         let target = nar_target(&get(served.address, &narinfo_target(&info)).await);
         *a.nar_script.lock().unwrap() = NarScript::StallAt(size - 1);
         let target = format!("{target}{suffix}");

@@ -12,6 +12,8 @@ use muster::nix::fingerprint;
 use muster::nix::path_info::{PathInfo, Trust};
 use muster::nix::store_path::StoreDir;
 use muster::substituter::Substituter;
+use muster::substituter::nar_url::NarUrl;
+use muster::substituter::transfer::{Extent, NarBody};
 use muster::upstream::Link;
 use support::*;
 use tokio::time::{sleep, timeout};
@@ -90,7 +92,7 @@ async fn a_404_with_full_knowledge_is_remembered_for_its_time_only() {
     let mut options = options();
     options.memory.negative_ttl = Duration::from_millis(100);
     let setup = setup(std::slice::from_ref(&a), &Trust::Operator, Encoding::None);
-    let substituter = Substituter::new(options, setup);
+    let substituter = support::new_substituter(options, setup);
     assert!(!found(&substituter, &info).await);
     a.add(&info, &nar);
     assert!(!found(&substituter, &info).await);
@@ -220,7 +222,7 @@ async fn unsigned_answers_of_an_untrusted_upstream_are_refused() {
     a.add(&signed, &other_nar);
     let trust = Trust::Keys(vec![listed.public()]);
     let setup = setup(&[a], &trust, Encoding::None);
-    let substituter = Substituter::new(options(), setup);
+    let substituter = support::new_substituter(options(), setup);
     assert!(!found(&substituter, &unsigned).await);
     let text = substituter.narinfo(signed.path.hash()).await.unwrap();
     let text = std::str::from_utf8(&text).unwrap();
@@ -244,7 +246,7 @@ async fn stale_answers_are_given_at_once_and_checked_behind() {
     let mut options = options();
     options.memory.revalidate_after = Duration::from_millis(30);
     let setup = setup(std::slice::from_ref(&a), &Trust::Operator, Encoding::None);
-    let substituter = Substituter::new(options, setup);
+    let substituter = support::new_substituter(options, setup);
     assert!(found(&substituter, &info).await);
     sleep(Duration::from_millis(50)).await;
     a.remove(&info);
@@ -266,7 +268,7 @@ async fn what_its_only_holder_denies_is_not_believed_because_another_builder_is_
     options.keep_interval = Duration::from_secs(3600);
     let upstreams = [Arc::clone(&a), Arc::clone(&b)];
     let setup = setup(&upstreams, &Trust::Operator, Encoding::None);
-    let substituter = Substituter::new(options, setup);
+    let substituter = support::new_substituter(options, setup);
     assert!(found(&substituter, &info).await);
     sleep(Duration::from_millis(50)).await;
     a.remove(&info);
@@ -456,7 +458,7 @@ async fn an_upstream_that_is_ourselves_is_found_out() {
             muster::substituter::health::Options::default(),
             tokio::time::Instant::now().into_std(),
         )));
-    let substituter = Substituter::new(options(), setup);
+    let substituter = support::new_substituter(options(), setup);
     assert!(mirror.substituter.set(substituter.clone()).is_ok());
     let _ = timeout(Duration::from_millis(600), substituter.care()).await;
     assert!(substituter.setup().members[0].is_ourselves());
@@ -483,7 +485,7 @@ async fn an_answer_under_way_over_a_reload_is_signed_with_the_new_key() {
         setup
     };
     let second = rotated(setup(&[], &Trust::Operator, Encoding::None));
-    let substituter = Substituter::new(options(), first);
+    let substituter = support::new_substituter(options(), first);
     let reload = async {
         sleep(Duration::from_millis(500)).await;
         substituter.replace(second);
@@ -510,7 +512,7 @@ async fn a_reload_that_adds_a_builder_keeps_what_is_known_of_a_sick_one() {
     more.members[0] = Arc::clone(&first.members[0]);
     let mut fewer = setup(&[], &Trust::Operator, Encoding::None);
     fewer.members = vec![Arc::clone(&more.members[1])];
-    let substituter = Substituter::new(options(), first);
+    let substituter = support::new_substituter(options(), first);
     assert!(found(&substituter, &info).await);
     assert!(!found(&substituter, &other).await);
     a.down();
@@ -531,15 +533,23 @@ async fn a_transfer_that_nobody_reads_makes_room_and_goes_on_where_it_was() {
     a.add(&info, &nar);
     // A builder that gives one large NAR at a time.
     *a.nars_max.lock().unwrap() = Some(Arc::new(tokio::sync::Semaphore::new(1)));
-    let substituter = substituter(&[a]);
-    let url = muster::substituter::nar_url::NarUrl {
+    // Where NARs are kept, a slow client reads the file instead.
+    let setup = setup(&[a], &Trust::Operator, Encoding::None);
+    let substituter = Substituter::new(options(), setup, None);
+    let url = NarUrl {
         path_hash: info.path.hash(),
         nar_hash: info.nar_hash,
+        file_hash: None,
         encoding: Encoding::None,
     };
-    let open = async || match substituter.nar(&url).await.expect("it is there").body {
-        muster::substituter::transfer::NarBody::Stream(stream) => stream,
-        muster::substituter::transfer::NarBody::Whole(_) => panic!("it is large"),
+    let open = async || match substituter
+        .nar(&url, Extent::Whole)
+        .await
+        .expect("it is there")
+        .body
+    {
+        NarBody::Stream(stream) => stream,
+        _ => panic!("it is large"),
     };
     let mut stopped = open().await;
     let first = stopped.next().await.unwrap().unwrap();

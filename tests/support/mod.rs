@@ -11,7 +11,9 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
+use muster::cache::backend::Backend;
 use muster::cache::memory::{self, UpstreamId};
+use muster::cache::memory_backend::MemoryBackend;
 use muster::codec::compression::{EncoderOptions, Encoding};
 use muster::nix::hash::NarHash;
 use muster::nix::path_info::{PathInfo, Trust};
@@ -21,11 +23,18 @@ use muster::server::listener::Listener;
 use muster::server::{self, Info};
 use muster::substituter::member::Member;
 use muster::substituter::publish::Publisher;
-use muster::substituter::{self, Setup, Substituter, closure, health, transfer};
+use muster::substituter::{self, Setup, Substituter, closure, filling, health, transfer};
 use muster::upstream::{Error, Link, NarStream, Upstream};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
+
+/// Makes a substituter; it keeps NARs if `MUSTER_TEST_CACHE` is set, so that every suite can be run both ways.
+pub fn new_substituter(options: substituter::Options, setup: Setup) -> Substituter {
+    let keep = std::env::var_os("MUSTER_TEST_CACHE").is_some();
+    let backend = keep.then(|| Arc::new(MemoryBackend::new(1 << 30)) as Arc<dyn Backend>);
+    Substituter::new(options, setup, backend)
+}
 
 /// What a scripted upstream does with the next NARs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -279,6 +288,7 @@ pub fn key() -> SecretKey {
 
 pub fn options() -> substituter::Options {
     substituter::Options {
+        fill: filling::Options::default(),
         memory: memory::Options {
             bytes_max: 64 << 20,
             revalidate_after: Duration::from_secs(300),
@@ -319,7 +329,7 @@ pub fn setup(upstreams: &[Arc<Scripted>], trust: &Trust, encoding: Encoding) -> 
 }
 
 pub fn substituter(upstreams: &[Arc<Scripted>]) -> Substituter {
-    Substituter::new(
+    new_substituter(
         options(),
         setup(upstreams, &Trust::Operator, Encoding::None),
     )
