@@ -99,8 +99,10 @@ async fn run(config: Config, load: &dyn Fn() -> anyhow::Result<Config>) -> anyho
                     info!(%keys, "signing with other keys, which clients must trust");
                 }
                 tell_info.send_replace(changed);
-                info!(upstreams = setup.members.len(), "configuration read anew");
+                let upstreams = setup.members.len();
                 substituter.replace(setup);
+                // After it: whoever reads this line may rely on it.
+                info!(upstreams, "configuration read anew");
             }
             Err(error) => error!(
                 error = format!("{error:#}"),

@@ -63,7 +63,9 @@ fn every_kind_of_path_arrives_as_it_was_built() {
 
 fn muster_with<'m>(client: &'m Machine, compression: &str) -> Muster<'m> {
     client.kill("muster");
-    let muster = Muster::serve(client, &format!("--compression {compression}"));
+    // Kept NARs are zstd, whatever else is asked for.
+    let args = format!("--compression {compression} --cache-size 0");
+    let muster = Muster::serve(client, &args);
     client.substitutes_from(&muster);
     muster
 }

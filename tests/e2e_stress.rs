@@ -41,6 +41,7 @@ fn killed_anywhere_in_a_transfer_a_builder_is_not_missed() {
             builder.behind(line);
         }
         client.fresh_store();
+        client.run("rm -rf /var/cache/muster").ok();
         let muster = Muster::serve(&client, "");
         client.substitutes_from(&muster);
         connected(&muster, &[&b1, &b2]);
@@ -78,6 +79,7 @@ fn killed_in_a_transfer_muster_is_started_again_and_the_client_goes_on() {
     });
     for round in 0..rounds(1) {
         client.fresh_store();
+        client.run("rm -rf /var/cache/muster").ok();
         let mut muster = Muster::serve(&client, "");
         client.substitutes_from(&muster);
         connected(&muster, &[&b1]);

@@ -228,10 +228,11 @@ impl Shared {
     /// Publishes a path anew after its NAR was kept: from now on its narinfo names the file.
     pub(super) fn publish_kept(&self, info: &PathInfo, file: NarFile) {
         let hash = info.path.hash();
+        // Before the entry is read: one of an older setup must not come back under a newer one.
+        let setup = self.setup();
         let Lookup::Present(entry, _) = self.cache.get(hash, super::now()) else {
             return;
         };
-        let setup = self.setup();
         if entry.nar_hash != info.nar_hash {
             return;
         }

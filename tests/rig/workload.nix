@@ -36,6 +36,8 @@ in
 rec {
   tiny = make "tiny" "echo $seed > $out" { };
   big = make "big" "noise ${mib} > $out" { };
+  # Text of bytes that do not compress: each level of a compressor makes another file of it.
+  text = make "text" "noise ${mib} | /usr/bin/openssl base64 > $out" { };
   soft = make "soft" "yes $seed | head -c ${mib} > $out || true" { };
 
   # The closure of dag is n + 1 paths.
