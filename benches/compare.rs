@@ -17,6 +17,8 @@
 mod rig;
 
 mod figures;
+#[path = "figures/load.rs"]
+mod load;
 
 use std::collections::BTreeMap;
 use std::env;
@@ -26,8 +28,8 @@ use std::thread;
 use std::time::Duration;
 
 use figures::cpu::CpuGroup;
-use figures::load::{self, Load, add_small, small_name};
 use figures::{Figures, Goal, Unit};
+use load::{Load, add_small, small_name};
 use rig::muster::narinfo_target;
 use rig::process::Process;
 use rig::{Lab, Machine, Muster, Nix, eventually};

@@ -13,6 +13,9 @@
 mod rig;
 
 mod figures;
+#[path = "figures/load.rs"]
+#[expect(dead_code, reason = "what benches/compare.rs alone reads")]
+mod load;
 
 use std::env;
 use std::fs;
@@ -20,8 +23,8 @@ use std::os::unix::fs::symlink;
 use std::thread;
 
 use figures::cpu::CpuGroup;
-use figures::load::{self, Load, add_small, small_name};
 use figures::{Figures, Unit};
+use load::{Load, add_small, small_name};
 use rig::muster::narinfo_target;
 use rig::{Lab, Line, Machine, Muster, Nix, eventually};
 use serde_json::json;

@@ -14,12 +14,6 @@
 #[path = "../tests/builder/mod.rs"]
 mod builder;
 
-#[path = "figures/mod.rs"]
-#[allow(
-    dead_code,
-    clippy::allow_attributes,
-    reason = "each benchmark uses its own part"
-)]
 mod figures;
 
 use std::env;

@@ -15,7 +15,6 @@
 #[path = "../tests/rig/mod.rs"]
 mod rig;
 
-#[expect(dead_code, reason = "what benches/lan.rs alone needs")]
 mod figures;
 
 use std::env;

@@ -69,7 +69,7 @@ async fn muster(builder: &Builder, copies: u16) -> Muster {
             encoding: Encoding::None,
         },
     };
-    let substituter = Substituter::new(support::options(), setup);
+    let substituter = Substituter::new(support::options(), setup, None);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let (stop, stopped) = watch::channel(false);

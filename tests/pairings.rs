@@ -100,7 +100,7 @@ async fn pair(
     // Nothing stalls here, and the machine may be busy.
     options.transfer.stall = Duration::from_secs(10);
     options.transfer.stall_last = Duration::from_secs(20);
-    let substituter = Substituter::new(options, setup(vec![Arc::clone(&one)]));
+    let substituter = Substituter::new(options, setup(vec![Arc::clone(&one)]), None);
     // Found at the first alone, so that it gives the first bytes.
     assert!(substituter.narinfo(path.hash()).await.is_some(), "{what}");
     substituter.replace(setup(vec![one, two]));

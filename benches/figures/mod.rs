@@ -8,7 +8,6 @@
 
 pub mod cpu;
 mod curves;
-pub mod load;
 mod plot;
 
 use serde_json::{Value, json};
