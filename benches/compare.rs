@@ -18,6 +18,7 @@ mod rig;
 
 mod figures;
 #[path = "figures/load.rs"]
+#[expect(dead_code, reason = "what benches/scale.rs alone uses")]
 mod load;
 
 use std::collections::BTreeMap;
