@@ -14,6 +14,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 
 use crate::nix::path_info::{Basis, PathInfo};
+use crate::nix::signature::Signature;
 use crate::nix::store_path::StorePathHash;
 
 use super::fill::Fill;
@@ -79,6 +80,10 @@ pub struct Stats {
     /// Why nothing can be written, or nothing read, at present.
     pub degraded: Option<String>,
 }
+
+/// Says with which signatures a path is to be shown to those who read what is kept without muster,
+/// beside the foreign ones; `None`: it is not vouched for today, and is left as it is.
+pub type Sign<'a> = dyn Fn(&Record) -> Option<Vec<Signature>> + Send + Sync + 'a;
 
 /// Why a backend cannot do it now; whoever serves goes on without.
 #[derive(Debug, thiserror::Error)]

@@ -7,6 +7,7 @@
 //! commit    group commit                    removal   eviction and removal
 //! reconcile the background pass at start    shared    state, and whether all is well
 //! upkeep    what `muster cache` does        verify    whether one NAR is right
+//! resign    narinfos after a change of keys
 //! ```
 //!
 //! Opening never fails and never scans: a folder that cannot be used is a degraded cache, which is
@@ -19,6 +20,7 @@ mod place;
 mod queue;
 mod reconcile;
 pub mod removal;
+pub mod resign;
 mod shared;
 pub mod text;
 pub mod upkeep;
