@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use cache::*;
@@ -17,7 +18,7 @@ use muster::cache::disk::{DiskCache, text};
 use muster::nix::fingerprint;
 use muster::nix::narinfo::NarInfo;
 use muster::nix::signature::{KeyName, PublicKey, SecretKey, Signature};
-use muster::nix::signer::Signer;
+use muster::nix::signer::{Need, Signer};
 use muster::nix::store_path::StoreDir;
 
 /// More than share one sync.
@@ -84,7 +85,6 @@ async fn every_narinfo_is_signed_anew_once_and_nothing_else_changes() {
     let dir = folder(PATHS).await;
     let keys = [key().public(), new_key().public()];
     assert_eq!(all_signed_by(dir.path(), &keys), ["test-muster-1"]);
-    let index = fs::read(dir.path().join(".muster/index.redb")).unwrap();
     // Somebody else's, and something that only has the name of one.
     let foreign = "StorePath: /nix/store/00000000000000000000000000000000-x\nURL: nar/x.nar.xz\n";
     let theirs = dir.path().join(format!("{}.narinfo", "0".repeat(32)));
@@ -116,17 +116,9 @@ async fn every_narinfo_is_signed_anew_once_and_nothing_else_changes() {
         fs::write(&theirs, foreign).unwrap();
     }
     let again = upkeep(dir.path()).re_sign(&signer(&[new_key()]), &[], &believed, |_| ());
-    assert_eq!(
-        (
-            again.unwrap().current,
-            fs::read_dir(dir.path().join(".muster/tmp"))
-                .unwrap()
-                .count()
-        ),
-        (PATHS, 0)
-    );
-    let after = fs::read(dir.path().join(".muster/index.redb")).unwrap();
-    assert_eq!(index.len(), after.len());
+    assert_eq!(again.unwrap().current, PATHS);
+    let temp = fs::read_dir(dir.path().join(".muster/tmp")).unwrap();
+    assert_eq!(temp.count(), 0);
 
     // The index lost: the folder is known again by the new key, grounds and all.
     fs::remove_file(dir.path().join(".muster/index.redb")).unwrap();
@@ -219,4 +211,81 @@ async fn a_folder_in_use_is_left_to_its_server() {
         matches!(refused, Some(FolderError::InUse(_))),
         "{refused:?}"
     );
+}
+
+/// Keeps paths one by one; each narinfo is signed by the first key.
+async fn keep(cache: &DiskCache, numbers: std::ops::Range<u64>) {
+    for number in numbers {
+        let (info, nar) = path(number, 10);
+        fill(cache, &info, &nar).await.unwrap();
+    }
+}
+
+fn sign_with(cache: &DiskCache, keys: &[SecretKey], believed: bool) {
+    let (signer, public) = (signer(keys), keys.iter().map(SecretKey::public).collect());
+    let sign = move |record: &Record| {
+        believed.then(|| match signer.need(&record.info) {
+            Need::Signatures(made) => made,
+            _ => panic!("a record has no signature of ours"),
+        })
+    };
+    cache.sign_with(public, Arc::new(sign));
+}
+
+async fn all_become_signed_by(dir: &Path, key: &SecretKey) {
+    let line = format!("Sig: {}:", key.name().as_str());
+    let is_right = |text: String| text.matches("Sig:").count() == 1 && text.contains(&line);
+    wait("signing", || narinfos(dir).into_values().all(is_right)).await;
+    let signed_by = dir.join(".muster/signed-by");
+    let noted = || fs::read_to_string(&signed_by).is_ok_and(|t| t == format!("{}\n", key.public()));
+    wait("note of it", noted).await;
+}
+
+#[tokio::test]
+async fn a_running_cache_signs_anew_what_it_has_and_what_is_on_its_way() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = DiskCache::open(dir.path(), options(1 << 30));
+    sign_with(&cache, &[key()], true);
+    keep(&cache, 0..150).await;
+    let (info, nar) = path(999, 10);
+    let mut under_way = cache.begin(info.nar_size).unwrap();
+    let file = zstd::encode_all(nar.as_slice(), 1).unwrap();
+    under_way.write(&file).unwrap();
+    // A reload.
+    sign_with(&cache, &[new_key()], true);
+    all_become_signed_by(dir.path(), &new_key()).await;
+    // What the fill's client began with is the old key's.
+    let text = |file: &_| narinfo(&info, file);
+    under_way
+        .commit(info.clone(), vec![ground()], text)
+        .await
+        .unwrap();
+    let expected = ["test-muster-2"];
+    assert_eq!(all_signed_by(dir.path(), &[new_key().public()]), expected);
+    assert_eq!(narinfos(dir.path()).len(), 151);
+    let record = cache.look_up(info.path.hash()).unwrap();
+    assert_eq!(read(&cache, &record), Some(nar));
+    cache.stop().await;
+
+    // The next start is with other keys again: that is seen without a reload, too.
+    let cache = DiskCache::open(dir.path(), options(1 << 30));
+    sign_with(&cache, &[key()], true);
+    all_become_signed_by(dir.path(), &key()).await;
+    assert_eq!(folder_is_whole(dir.path()), 151);
+    let record = cache.look_up(info.path.hash()).unwrap();
+    assert!(record.info.signatures.is_empty() && record.grounds == [ground()]);
+}
+
+#[tokio::test]
+async fn a_running_cache_signs_nothing_that_is_not_believed_until_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = DiskCache::open(dir.path(), options(1 << 30));
+    keep(&cache, 0..3).await;
+    let before = narinfos(dir.path());
+    settle(&cache).await;
+    sign_with(&cache, &[new_key()], false);
+    tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+    assert_eq!(narinfos(dir.path()), before);
+    sign_with(&cache, &[new_key()], true);
+    all_become_signed_by(dir.path(), &new_key()).await;
 }

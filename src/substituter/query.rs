@@ -221,6 +221,8 @@ async fn ask_again(shared: &Arc<Shared>, hash: StorePathHash, entry: &Arc<Entry>
             Answer::Unknown => {}
         }
     }
+    // Else what memory forgets would come back from there.
+    shared.deny(&setup, hash, entry.nar_hash, &denied);
     let now = now();
     let mut holders = entry.holders();
     holders.retain(|id| !denied.contains(id));

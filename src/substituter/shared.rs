@@ -32,7 +32,7 @@ use super::{Options, Setup, now};
 pub(super) struct Shared {
     pub(super) options: Options,
     // Never held over an await. Held while the cache changes, so that nothing of an old setup is
-    // kept beside a new one; no other lock is taken under it.
+    // kept beside a new one; only locks of the caches are taken under it.
     setup: RwLock<Arc<Setup>>,
     pub(super) cache: NarInfoCache,
     pub(super) flights: SingleFlight<StorePathHash, Option<Arc<Entry>>>,
@@ -77,9 +77,13 @@ pub(super) struct Divergence {
 impl Shared {
     pub(super) fn new(options: Options, setup: Setup, backend: Option<Arc<dyn Backend>>) -> Self {
         let walks = options.prefetch.clone().unwrap_or_default();
+        let setup = Arc::new(setup);
+        if let Some(backend) = &backend {
+            kept::sign(&**backend, &setup);
+        }
         Self {
             cache: NarInfoCache::new(options.memory.clone()),
-            setup: RwLock::new(Arc::new(setup)),
+            setup: RwLock::new(setup),
             flights: SingleFlight::new(walks.patience),
             counters: Counters::default(),
             tasks: Tasks::new(options.tasks_max),
@@ -127,6 +131,9 @@ impl Shared {
         let only_more =
             current.publisher.publishes_as(&setup.publisher) && current.members.iter().all(stays);
         *current = Arc::new(setup);
+        if let Some(kept) = &self.kept {
+            kept::sign(&*kept.backend, &current);
+        }
         if only_more {
             self.cache.clear_absent();
         } else {
@@ -263,6 +270,22 @@ impl Shared {
             && entry.remove_holder(id)
         {
             self.cache.remove(hash);
+        }
+        self.deny(&self.setup(), hash, nar_hash, &[id]);
+    }
+
+    /// Lets no record on disk say any more that these upstreams have this NAR of a path.
+    pub(super) fn deny(
+        &self,
+        setup: &Setup,
+        hash: StorePathHash,
+        nar_hash: NarHash,
+        denied: &[UpstreamId],
+    ) {
+        let members = denied.iter().filter_map(|id| setup.member(*id));
+        let names: Vec<_> = members.map(|member| member.upstream.name()).collect();
+        if let (Some(kept), false) = (&self.kept, names.is_empty()) {
+            kept.backend.deny(hash, nar_hash, &names);
         }
     }
 

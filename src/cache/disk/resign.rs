@@ -46,6 +46,17 @@ pub struct Progress {
 }
 
 impl Tally {
+    /// Adds what became of others.
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        Self {
+            signed: self.signed + other.signed,
+            current: self.current + other.current,
+            refused: self.refused + other.refused,
+            foreign: self.foreign + other.foreign,
+        }
+    }
+
     /// Returns how many narinfos were looked at.
     pub fn all(&self) -> u64 {
         self.signed + self.current + self.refused + self.foreign
@@ -204,4 +215,4 @@ fn carried(
 }
 
 /// Narinfos that share one sync, and open files at once.
-pub(super) const BATCH: usize = 256;
+const BATCH: usize = 256;
