@@ -22,7 +22,7 @@ use muster::substituter::Substituter;
 use sha2::{Digest as _, Sha256};
 use support::*;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::{sleep, timeout};
 
 /// Small, and larger than what is read whole before the first byte.
@@ -341,6 +341,66 @@ async fn a_slow_client_holds_no_builder_and_one_that_leaves_stops_no_fill() {
         assert!(bytes.len() > 30 << 20, "{}", bytes.len());
         if suffix.is_empty() {
             assert!(bytes.ends_with(&nar), "the NAR, to its last byte");
+        }
+    }
+}
+
+/// A client that asks for something and reads the head of the answer only.
+async fn stopped(address: SocketAddr, target: &str) -> TcpStream {
+    let socket = TcpSocket::new_v4().unwrap();
+    // Else the system takes some MB in its stead.
+    socket.set_recv_buffer_size(8 << 10).unwrap();
+    let mut stream = socket.connect(address).await.unwrap();
+    let asked = format!("GET {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    stream.write_all(asked.as_bytes()).await.unwrap();
+    let head = read_head(&mut stream).await;
+    assert!(
+        head.contains(" 200 ") && head.contains("content-length: "),
+        "{head}"
+    );
+    stream
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_that_stop_do_not_keep_small_nars_from_others() {
+    for backend in [None, Some(memory())] {
+        let a = Scripted::new("a");
+        let paths: Vec<_> = (0..7).map(|number| path(number, 4 << 20, &[])).collect();
+        for (info, nar) in &paths {
+            a.add(info, nar);
+        }
+        let mut options = options();
+        // Room for two of them.
+        options.transfer.whole_kib_max = 9 << 10;
+        let setup = setup(std::slice::from_ref(&a), &Trust::Operator, Encoding::None);
+        let mut patient = server_options();
+        patient.write_stall = Duration::from_secs(300);
+        let substituter = Substituter::new(options, setup, backend);
+        let served = serve_with(substituter, patient).await.0;
+        // What clients remember: the NAR as it is, and compressed.
+        let target = |number: usize| {
+            let (info, _) = &paths[number];
+            let name = format!("{}-{}", info.path.hash(), info.nar_hash.to_base32());
+            format!("/nar/{name}.nar{}", ["", ".zst"][number % 2])
+        };
+        let asked = std::time::Instant::now();
+        let mut clients = Vec::new();
+        for number in 0..6 {
+            clients.push(stopped(served.address, &target(number)).await);
+        }
+        let last = get(served.address, &target(6)).await;
+        assert!(last.body == paths[6].1);
+        let took = asked.elapsed();
+        assert!(took < Duration::from_secs(60), "{took:?}");
+        // Each of them reads on and has what it was promised.
+        for (number, mut client) in clients.into_iter().enumerate() {
+            let mut body = Vec::new();
+            client.read_to_end(&mut body).await.unwrap();
+            let body = match number % 2 {
+                0 => body,
+                _ => unzstd(&body),
+            };
+            assert!(body == paths[number].1, "client {number}");
         }
     }
 }

@@ -24,6 +24,7 @@ use super::berth::Berths;
 use super::counters::Counters;
 use super::filling::Fillings;
 use super::kept::{self, KEPT};
+use super::lent::Lending;
 use super::member::Member;
 use super::tasks::Tasks;
 use super::{Options, Setup, now};
@@ -45,8 +46,8 @@ pub(super) struct Shared {
     /// Random hash parts that upstreams are asked for, to see whether they lead back here.
     pub(super) vetting: Mutex<HashMap<StorePathHash, UpstreamId>>,
     pub(super) walks: Arc<Semaphore>,
-    /// KiB of small NARs that may be in memory at once.
-    pub(super) whole_nars: Arc<Semaphore>,
+    /// Memory for small NARs.
+    pub(super) lending: Lending,
     /// Holders whose bytes did not fit; not asked for this path for a while.
     pub(super) corrupt: moka::sync::Cache<(StorePathHash, UpstreamId), ()>,
     pub(super) encoder: Encoder,
@@ -91,7 +92,7 @@ impl Shared {
             revalidating: Mutex::default(),
             vetting: Mutex::default(),
             walks: Arc::new(Semaphore::new(walks.walks_max)),
-            whole_nars: Arc::new(Semaphore::new(options.transfer.whole_kib_max as usize)),
+            lending: Lending::new(options.transfer.whole_kib_max),
             corrupt: moka::sync::Cache::builder()
                 .max_capacity(CORRUPT_MAX)
                 .time_to_live(CORRUPT_TTL)
