@@ -183,8 +183,7 @@ impl Source {
     }
 
     fn may_give(&self, member: &Member) -> bool {
-        let known_bad = (self.info.path.hash(), member.id);
-        !member.is_sick() && !self.shared.corrupt.contains_key(&known_bad)
+        !member.is_sick() && !self.shared.is_distrusted(self.info.path.hash(), member.id)
     }
 }
 
