@@ -9,32 +9,9 @@ mod rig;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rig::process::Process;
+use rig::caches::{FOLDER, asked};
 use rig::{Lab, Line, Machine, Muster, Nix, Output, eventually, helper};
 use rustix::process::Signal;
-
-/// Where a service of root's keeps its NARs.
-const FOLDER: &str = "/var/cache/muster";
-
-fn asked(name: &str, usual: usize) -> usize {
-    let asked = std::env::var(name).ok();
-    asked.and_then(|text| text.parse().ok()).unwrap_or(usual)
-}
-
-/// Tells whether the narinfo of a path names a kept file.
-fn names_a_file(muster: &mut Muster<'_>, path: &str) -> bool {
-    let url = muster.narinfo(path).field("URL").unwrap_or_default();
-    url.matches('-').count() == 2 && url.ends_with(".nar.zst")
-}
-
-/// Waits until all of these are kept.
-#[track_caller]
-fn kept(muster: &mut Muster<'_>, paths: &[String]) {
-    for path in paths {
-        let kept = eventually(20.0, || names_a_file(muster, path));
-        assert!(kept, "{path} is not kept\n{}", muster.log());
-    }
-}
 
 /// Gets paths with an empty store and nothing remembered, and compares them with the builder's.
 #[track_caller]
@@ -46,22 +23,6 @@ fn fetch(client: &Machine, builder: &Machine, paths: &[String], muster: &Muster<
         assert_eq!(client.nar_hash(path), builder.nar_hash(path), "{path}");
     }
     got
-}
-
-#[track_caller]
-fn stop(mut muster: Muster<'_>) {
-    muster.signal(Signal::TERM);
-    let ended = muster.wait(20.0);
-    assert_eq!(ended, Some(0), "{}", muster.log());
-}
-
-/// Has this machine's Nix check content and signatures of all that the folder lists.
-#[track_caller]
-fn folder_verifies(machine: &Machine, key: &str) {
-    let line = format!(
-        "nix store verify --all --store file://{FOLDER} --sigs-needed 1 --option trusted-public-keys '{key}'"
-    );
-    machine.run(&line).ok();
 }
 
 #[test]
@@ -82,7 +43,7 @@ fn fetched_once_a_path_needs_no_builder_and_outlives_a_restart() {
     let mut muster = Muster::serve(&client, "");
     client.substitutes_from(&muster);
     fetch(&client, &b1, &paths, &muster);
-    kept(&mut muster, &paths);
+    muster.await_kept(&paths);
 
     b1.dead();
     fetch(&client, &b1, &paths, &muster);
@@ -95,7 +56,7 @@ fn fetched_once_a_path_needs_no_builder_and_outlives_a_restart() {
         assert_eq!((answer.status, answer.complete), (200, true), "{old}");
     }
     let key = muster.key();
-    stop(muster);
+    muster.stop();
 
     let mut muster = Muster::serve(&client, "");
     client.substitutes_from(&muster);
@@ -103,9 +64,9 @@ fn fetched_once_a_path_needs_no_builder_and_outlives_a_restart() {
     fetch(&client, &b1, &paths, &muster);
     let took = began.elapsed();
     assert!(took < Duration::from_secs(30), "{took:?}\n{}", muster.log());
-    assert!(paths.iter().all(|path| names_a_file(&mut muster, path)));
-    stop(muster);
-    folder_verifies(&client, &key);
+    assert!(paths.iter().all(|path| muster.names_a_file(path)));
+    muster.stop();
+    client.folder_verifies(&key);
 }
 
 #[test]
@@ -126,7 +87,7 @@ fn without_muster_the_folder_is_a_binary_cache() {
     );
     client.configure(&settings);
     fetch(&client, &b1, &paths, &muster);
-    kept(&mut muster, &paths);
+    muster.await_kept(&paths);
     // A client that has asked for the narinfos, and remembers them.
     client.fresh_store();
     let all = paths.join("' '");
@@ -134,10 +95,10 @@ fn without_muster_the_folder_is_a_binary_cache() {
         .run(&format!("nix path-info --store http://edge:5000 '{all}'"))
         .ok();
     let key = muster.key();
-    stop(muster);
+    muster.stop();
     b1.dead();
 
-    let _nginx = nginx(&edge);
+    let _nginx = edge.nginx(5000, NGINX);
     let remembered = client.realise(&all);
     assert_eq!((remembered.rc, remembered.built()), (0, 0), "{remembered}");
     client.fresh_store();
@@ -151,15 +112,7 @@ fn without_muster_the_folder_is_a_binary_cache() {
         "nix copy --from file://{FOLDER} --to 'local?root=/tmp/copied' '{all}'"
     ))
     .ok();
-    folder_verifies(&edge, &key);
-}
-
-fn nginx(machine: &Machine) -> Process {
-    machine.write("/etc/nginx-lab.conf", NGINX);
-    machine.run("mkdir -p /tmp/nginx").ok();
-    let nginx = machine.spawn("nginx", "/usr/sbin/nginx -c /etc/nginx-lab.conf");
-    machine.await_port(5000);
-    nginx
+    edge.folder_verifies(&key);
 }
 
 #[test]
@@ -172,7 +125,7 @@ fn killed_in_the_middle_of_fills_it_serves_whole_nars_only() {
     paths.push(b1.build_one("text", "--arg sizeMB 16"));
     for round in 0..asked("MUSTER_TEST_ROUNDS", 3) {
         client.fresh_store();
-        client.run(&format!("rm -rf {FOLDER}")).ok();
+        client.wipe_kept();
         let mut muster = Muster::serve(&client, "");
         client.substitutes_from(&muster);
         muster.await_log(10.0, "@b1: well");
@@ -189,19 +142,19 @@ fn killed_in_the_middle_of_fills_it_serves_whole_nars_only() {
             cut.join().expect("the client ends");
         });
         if client.run(&format!("test -e {FOLDER}/nix-cache-info")).rc == 0 {
-            folder_verifies(&client, &key);
+            client.folder_verifies(&key);
         }
         let mut muster = Muster::serve(&client, "");
         fetch(&client, &b1, &paths, &muster);
-        kept(&mut muster, &paths);
+        muster.await_kept(&paths);
         let left = client.run(&format!("ls {FOLDER}/.muster/tmp | wc -l")).ok();
         assert_eq!(
             left.out.trim(),
             "0",
             "round {round}, killed after {after:?}"
         );
-        stop(muster);
-        folder_verifies(&client, &key);
+        muster.stop();
+        client.folder_verifies(&key);
     }
 }
 
@@ -213,7 +166,7 @@ fn a_resumed_download_never_joins_two_streams() {
     let path = b1.build_one("text", "--arg sizeMB 40");
     // The same level makes the very same file again, another one does not.
     for (first, second) in [(3, 3), (3, 9)] {
-        client.run(&format!("rm -rf {FOLDER}")).ok();
+        client.wipe_kept();
         let serve = |level: i32| {
             client.write(
                 "/etc/muster.toml",
@@ -225,7 +178,7 @@ fn a_resumed_download_never_joins_two_streams() {
         client.substitutes_from(&muster);
         let paths = std::slice::from_ref(&path);
         fetch(&client, &b1, paths, &muster);
-        kept(&mut muster, paths);
+        muster.await_kept(paths);
         // The line breaks in the middle, and another one comes when all has changed.
         let listen = format!("127.0.0.1:60{first}{second}");
         let line = |cut: u64| {
@@ -243,7 +196,7 @@ fn a_resumed_download_never_joins_two_streams() {
         assert!(cut, "{}", transfer.err());
         muster.signal(Signal::KILL);
         muster.wait(5.0);
-        client.run(&format!("rm -rf {FOLDER}")).ok();
+        client.wipe_kept();
         drop(breaking);
         let again = serve(second);
         let _whole = line(0);
@@ -264,7 +217,7 @@ fn a_resumed_download_never_joins_two_streams() {
             );
         }
         assert_eq!(client.nar_hash(&path), b1.nar_hash(&path));
-        stop(again);
+        again.stop();
     }
 }
 
@@ -285,7 +238,7 @@ fn a_builder_killed_in_large_transfers_is_not_missed() {
             });
         }
         client.fresh_store();
-        client.run(&format!("rm -rf {FOLDER}")).ok();
+        client.wipe_kept();
         // With the cache and without, straight through and through the encoder.
         let args = [
             "",
@@ -318,7 +271,7 @@ fn a_builder_killed_in_large_transfers_is_not_missed() {
         assert_eq!(client.nar_hash(&path), hash);
         victim.stop_daemon();
         victim.daemon();
-        stop(muster);
+        muster.stop();
     }
 }
 
@@ -334,7 +287,7 @@ fn a_slow_client_holds_no_builder_once_its_nar_is_kept() {
     let transfer = client.spawn("transfer", &format!("nix-store --realise {path}"));
     assert!(eventually(20.0, || transfer.err().contains("copying path")));
     client.signal("nix-store", Signal::STOP);
-    kept(&mut muster, std::slice::from_ref(&path));
+    muster.await_kept(std::slice::from_ref(&path));
     b1.dead();
     assert!(!client.valid(&path), "it was stopped too late");
     client.signal("nix-store", Signal::CONT);
@@ -370,7 +323,7 @@ fn trust_withdrawn_in_the_configuration_ends_what_rested_on_it() {
     client.substitutes_from(&muster);
     let paths = [only.clone(), both.clone()];
     fetch(&client, &b1, &paths, &muster);
-    kept(&mut muster, &paths);
+    muster.await_kept(&paths);
     let url = muster.narinfo(&only).field("URL").expect("a URL");
 
     client.run("cp /etc/one.toml /etc/muster.toml").ok();
@@ -381,35 +334,16 @@ fn trust_withdrawn_in_the_configuration_ends_what_rested_on_it() {
         assert_eq!(gone, 404, "start {again}\n{}", muster.log());
         assert_eq!(muster.get(&format!("/{url}")).status, 404, "start {again}");
         assert_eq!(muster.narinfo(&both).status, 200, "{}", muster.log());
-        stop(muster);
+        muster.stop();
         muster = serve();
     }
     client.run("cp /etc/both.toml /etc/muster.toml").ok();
-    stop(muster);
+    muster.stop();
     b1.dead();
     let mut muster = serve();
-    assert!(names_a_file(&mut muster, &only), "{}", muster.log());
+    assert!(muster.names_a_file(&only), "{}", muster.log());
     assert_eq!(muster.get(&format!("/{url}")).status, 200);
 }
 
 /// The folder in Muster's place.
-const NGINX: &str = "\
-daemon off;
-user root;
-worker_processes 1;
-error_log /tmp/nginx/error;
-pid /tmp/nginx/pid;
-events {}
-http {
-    access_log off;
-    client_body_temp_path /tmp/nginx/body;
-    proxy_temp_path /tmp/nginx/proxy;
-    fastcgi_temp_path /tmp/nginx/fastcgi;
-    uwsgi_temp_path /tmp/nginx/uwsgi;
-    scgi_temp_path /tmp/nginx/scgi;
-    server {
-        listen 5000;
-        root /var/cache/muster;
-    }
-}
-";
+const NGINX: &str = "server {\nlisten 5000;\nroot /var/cache/muster;\n}\n";
