@@ -1,8 +1,5 @@
 //! The cache on disk with real clients and builders: fetched once, then without any builder, without the
 //! process that fetched it, and without Muster.
-//!
-//! `MUSTER_TEST_KILLS` is how many builders are killed in the middle of transfers, and `MUSTER_TEST_KILL_MB`
-//! how large those are; few and small by default.
 
 mod rig;
 
@@ -10,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rig::caches::{FOLDER, asked};
-use rig::{Lab, Line, Machine, Muster, Nix, Output, eventually, helper};
+use rig::{Lab, Machine, Muster, Nix, Output, eventually, helper};
 use rustix::process::Signal;
 
 /// Gets paths with an empty store and nothing remembered, and compares them with the builder's.
@@ -56,15 +53,26 @@ fn fetched_once_a_path_needs_no_builder_and_outlives_a_restart() {
         assert_eq!((answer.status, answer.complete), (200, true), "{old}");
     }
     let key = muster.key();
-    muster.stop();
-
+    // In the middle of whatever it does beside, and in good order.
+    muster.crash();
+    for start in 0..2 {
+        let mut muster = Muster::serve(&client, "");
+        client.substitutes_from(&muster);
+        let began = Instant::now();
+        fetch(&client, &b1, &paths, &muster);
+        let took = began.elapsed();
+        assert!(took < Duration::from_secs(30), "{took:?}\n{}", muster.log());
+        assert!(
+            paths.iter().all(|path| muster.names_a_file(path)),
+            "start {start}"
+        );
+        muster.stop();
+    }
+    // Without the index it is found in the folder.
+    client.run(&format!("rm -r {FOLDER}/.muster")).ok();
     let mut muster = Muster::serve(&client, "");
-    client.substitutes_from(&muster);
-    let began = Instant::now();
+    muster.await_kept(&paths);
     fetch(&client, &b1, &paths, &muster);
-    let took = began.elapsed();
-    assert!(took < Duration::from_secs(30), "{took:?}\n{}", muster.log());
-    assert!(paths.iter().all(|path| muster.names_a_file(path)));
     muster.stop();
     client.folder_verifies(&key);
 }
@@ -113,6 +121,64 @@ fn without_muster_the_folder_is_a_binary_cache() {
     ))
     .ok();
     edge.folder_verifies(&key);
+}
+
+#[test]
+fn after_evictions_the_folder_is_a_binary_cache_of_what_is_left() {
+    let lab = Lab::new();
+    let b1 = lab.builder("b1");
+    let edge = lab.machine("edge", Nix::named("2.8"));
+    edge.builders(&["b1"]);
+    let client = lab.machine("client", Nix::under_test());
+    let flat = b1.build_one("flat", "--arg n 30 --arg sizeKB 500");
+    let paths = b1.closure(&flat);
+    let muster = Muster::serve(&edge, "--listen 0.0.0.0:5000 --cache-size 6M");
+    let key = muster.key();
+    client.configure(&format!(
+        "substituters = http://edge:5000\ntrusted-public-keys = {key}\n"
+    ));
+    fetch(&client, &b1, &paths, &muster);
+    let narinfos = || {
+        let listed = edge.run(&format!("cat {FOLDER}/*.narinfo")).ok().out;
+        let of = |name: &'static str| {
+            let fields = listed.lines().filter_map(move |l| l.strip_prefix(name));
+            fields.map(str::to_owned).collect::<Vec<_>>()
+        };
+        (of("StorePath: "), of("URL: "))
+    };
+    let few = eventually(10.0, || narinfos().0.len() < 13);
+    assert!(few, "6 MB are 12 files\n{}", muster.log());
+    muster.stop();
+    b1.dead();
+    let (left, mut urls) = narinfos();
+    assert!(left.len() > 6, "{left:?}");
+    let nars = edge.run(&format!("cd {FOLDER} && ls nar/*")).ok().out;
+    urls.sort();
+    assert_eq!(
+        nars.lines().collect::<Vec<_>>(),
+        urls,
+        "each NAR has its narinfo"
+    );
+    edge.folder_verifies(&key);
+
+    let nginx = edge.nginx(5000, NGINX);
+    client.fresh_store();
+    // The top one refers to what is not there any more.
+    let alone: Vec<_> = left.iter().filter(|path| **path != flat).cloned().collect();
+    let got = client.realise(&alone.join("' '"));
+    assert_eq!((got.rc, got.copied()), (0, alone.len()), "{got}");
+    client.realise(&flat).failed();
+    drop(nginx);
+    edge.configure(&format!("trusted-public-keys = {key}"));
+    let line = format!(
+        "nix copy --from file://{FOLDER} --to 'local?root=/tmp/copied' '{}'",
+        alone.join("' '")
+    );
+    edge.run(&line).ok();
+    for path in &alone {
+        assert_eq!(client.nar_hash(path), b1.nar_hash(path), "{path}");
+        assert!(edge.path(&format!("/tmp/copied{path}")).exists(), "{path}");
+    }
 }
 
 #[test]
@@ -218,60 +284,6 @@ fn a_resumed_download_never_joins_two_streams() {
         }
         assert_eq!(client.nar_hash(&path), b1.nar_hash(&path));
         again.stop();
-    }
-}
-
-#[test]
-fn a_builder_killed_in_large_transfers_is_not_missed() {
-    let lab = Lab::new();
-    let (b1, b2) = (lab.builder("b1"), lab.builder("b2"));
-    let client = lab.client(&["b1", "b2"]);
-    let size = format!("--arg sizeMB {}", asked("MUSTER_TEST_KILL_MB", 32));
-    let path = b1.build_one("big", &size);
-    assert_eq!(b2.build_one("big", &size), path);
-    let hash = b2.nar_hash(&path);
-    for round in 0..asked("MUSTER_TEST_KILLS", 5) {
-        for builder in [&b1, &b2] {
-            builder.behind(Line {
-                bytes_per_second: 40_000_000,
-                ..Line::default()
-            });
-        }
-        client.fresh_store();
-        client.wipe_kept();
-        // With the cache and without, straight through and through the encoder.
-        let args = [
-            "",
-            "--cache-size 0",
-            "--compression zstd",
-            "--compression zstd --cache-size 0",
-        ];
-        let muster = Muster::serve(&client, args[round % args.len()]);
-        client.substitutes_from(&muster);
-        for builder in [&b1, &b2] {
-            muster.await_log(10.0, &format!("@{}: well", builder.name));
-        }
-        let whole_ms = asked("MUSTER_TEST_KILL_MB", 32) as u64 * 26;
-        let after = Duration::from_millis(fastrand::u64(100..whole_ms));
-        let victim = if fastrand::bool() { &b1 } else { &b2 };
-        let program = ["sshd", "nix-daemon"][round % 2];
-        let got = thread::scope(|scope| {
-            let transfer = scope.spawn(|| client.realise(&path));
-            thread::sleep(after);
-            victim.signal(program, Signal::KILL);
-            transfer.join().expect("the transfer ends")
-        });
-        assert_eq!(
-            (got.rc, got.built(), got.copied()),
-            (0, 0, 1),
-            "{program} of {} killed after {after:?}: {got}\n{}",
-            victim.name,
-            muster.log()
-        );
-        assert_eq!(client.nar_hash(&path), hash);
-        victim.stop_daemon();
-        victim.daemon();
-        muster.stop();
     }
 }
 
