@@ -173,6 +173,11 @@ impl Shared {
         self.if_current(setup, || self.cache.commit_absent(hash, now))
     }
 
+    /// Tells whether an upstream has given wrong bytes for a path: what it says of that does not count for a while.
+    pub(super) fn is_distrusted(&self, hash: StorePathHash, id: UpstreamId) -> bool {
+        self.corrupt.contains_key(&(hash, id))
+    }
+
     /// Records a late answer: one more holder, or one of different bytes.
     pub(super) fn note_holder(
         &self,

@@ -245,8 +245,8 @@ impl Source {
     }
 
     fn is_corrupt(&self, member: &Member) -> bool {
-        let known_bad = (self.info.path.hash(), member.id);
-        self.shared.corrupt.contains_key(&known_bad)
+        let path = self.info.path.hash();
+        self.shared.is_distrusted(path, member.id)
     }
 }
 
