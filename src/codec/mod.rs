@@ -6,4 +6,5 @@ pub mod compressor;
 pub mod decompress;
 pub mod decompressor;
 pub mod digest;
+pub mod keyed_sum;
 pub mod slice;

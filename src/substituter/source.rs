@@ -10,7 +10,7 @@ use tracing::{debug, warn};
 use crate::cache::memory::{Entry, UpstreamId};
 use crate::nix::hash::NarHash;
 use crate::nix::path_info::{PathInfo, Verified};
-use crate::upstream::{self, NarStream};
+use crate::upstream::{self, OpenedNar};
 
 use super::kept::KEPT;
 use super::member::{Answer, Member};
@@ -91,7 +91,7 @@ impl Source {
     }
 
     /// Opens the NAR at the next holder that has it.
-    pub(super) async fn next_holder(&mut self) -> Option<(Arc<Member>, NarStream)> {
+    pub(super) async fn next_holder(&mut self) -> Option<(Arc<Member>, OpenedNar)> {
         loop {
             self.find_another().await;
             let member = match self.waiting.pop_front() {
