@@ -3,10 +3,10 @@
 //! ```text
 //! relay -> digest ┬─> raw channel ──────────> a client of the NAR itself, while it keeps up
 //!                 └─> encoder ──> growing file ┬─> clients of the compressed form
-//!                                              └─> decoder: clients of the NAR that lag or come late
+//!                         passing ──^          └─> decoder: clients of the NAR that lag or come late
 //! ```
 //!
-//! The file ends only once hash and size of the NAR agree, so no client gets the last bytes of a wrong
+//! So a NAR is encoded once, however many ask for it, and not at all where its upstream has done so. The file ends only once hash and size of the NAR agree, so no client gets the last bytes of a wrong
 //! one. A slow client holds nothing but the file. When the file cannot be written, each client goes on at
 //! the same byte from a holder directly: the cache never makes a client fail.
 
@@ -24,7 +24,7 @@ use tracing::debug;
 
 use crate::cache::backend::{Ground, NarFile};
 use crate::cache::fill::{Fill, Progress, Stage};
-use crate::codec::compression::{EncodeError, Encoding};
+use crate::codec::compression::Encoding;
 use crate::codec::decompress::{DecodeError, Decoder};
 use crate::codec::slice::slice;
 use crate::nix::hash::NarHash;
@@ -35,10 +35,9 @@ use crate::nix::store_path::StorePathHash;
 use super::Setup;
 use super::kept::read_at;
 use super::nar_url::NarUrl;
-use super::relay::Relay;
 use super::shared::Shared;
 use super::source::Source;
-use super::transfer::{self, Error};
+use super::transfer::{self, Checked, Error, Form};
 
 /// The bounds of filling the cache.
 #[derive(Clone, Debug)]
@@ -75,6 +74,8 @@ pub(super) struct Fillings {
 /// One fill, as those see it who follow it.
 pub(super) struct Filling {
     info: Arc<PathInfo>,
+    /// How the file is made; made otherwise it would be another.
+    form: Form,
     progress: watch::Receiver<Progress>,
     reader: Arc<File>,
     clients: AtomicUsize,
@@ -121,8 +122,8 @@ impl Fillings {
 pub(super) enum Begun {
     /// It is being kept; the bytes in the encoding that was asked for.
     Kept(BoxStream<'static, Result<Bytes, Error>>, Arc<Filling>),
-    /// It is not; the checked NAR.
-    Direct(BoxStream<'static, Result<Bytes, Error>>),
+    /// It is not.
+    Direct(Checked),
 }
 
 /// Begins to read a NAR, and to keep it where that can be; `None` when no holder gives a first byte.
@@ -131,7 +132,7 @@ pub(super) enum Begun {
 pub(super) async fn begin(source: Source, url: &NarUrl) -> Option<Begun> {
     let intake = Intake::of(&source);
     let (shared, info) = (Arc::clone(&source.shared), Arc::clone(&source.info));
-    let checked = Relay::new(source).into_checked().await?;
+    let checked = Checked::open(source, url).await?;
     let Some(intake) = intake else {
         return Some(Begun::Direct(checked));
     };
@@ -142,6 +143,7 @@ pub(super) async fn begin(source: Source, url: &NarUrl) -> Option<Begun> {
     let (tell_outcome, outcome) = watch::channel(None);
     let filling = Arc::new(Filling {
         info: Arc::clone(&info),
+        form: checked.form(),
         progress: fill.progress(),
         reader: fill.reader(),
         clients: AtomicUsize::new(0),
@@ -178,7 +180,7 @@ async fn run(
     intake: Intake,
     filling: Arc<Filling>,
     fill: Fill,
-    checked: BoxStream<'static, Result<Bytes, Error>>,
+    checked: Checked,
     raw: Option<mpsc::Sender<Bytes>>,
     tell_outcome: watch::Sender<Option<Outcome>>,
 ) {
@@ -197,33 +199,25 @@ async fn write_all(
     intake: &Intake,
     filling: &Filling,
     mut fill: Fill,
-    checked: BoxStream<'static, Result<Bytes, Error>>,
-    mut raw: Option<mpsc::Sender<Bytes>>,
+    checked: Checked,
+    raw: Option<mpsc::Sender<Bytes>>,
 ) -> Option<Fill> {
     let shared = &intake.shared;
-    let teed = checked.inspect(move |item| {
-        let Ok(chunk) = item else { return };
-        // One that lags reads on from the file.
-        if raw
-            .as_ref()
-            .is_some_and(|raw| raw.try_send(chunk.clone()).is_err())
-        {
-            raw = None;
-        }
-    });
     let nar_size = filling.info.nar_size;
-    let mut encoded = shared
-        .encoder
-        .encode_stream(Encoding::Zstd, nar_size, teed.boxed());
+    let mut file = match checked {
+        Checked::File(file) => file,
+        Checked::Nar(nar) => {
+            let teed = teed(nar, raw);
+            let encoder = &shared.encoder;
+            transfer::named(encoder.encode_stream(Encoding::Zstd, nar_size, teed))
+        }
+    };
     let mut orphan: Option<OwnedSemaphorePermit> = None;
-    while let Some(item) = encoded.next().await {
+    while let Some(item) = file.next().await {
         let chunk = match item {
             Ok(chunk) => chunk,
             Err(error) => {
-                filling.break_off(match error {
-                    EncodeError::Source(error) => error,
-                    EncodeError::Encoder(error) => Error::Encoder(error.to_string()),
-                });
+                filling.break_off(error);
                 return None;
             }
         };
@@ -239,6 +233,22 @@ async fn write_all(
         fill = write(fill, chunk).await?;
     }
     Some(fill)
+}
+
+/// Gives each chunk to a client, too, for as long as it keeps up; one that lags reads on from the file.
+fn teed(
+    nar: BoxStream<'static, Result<Bytes, Error>>,
+    mut raw: Option<mpsc::Sender<Bytes>>,
+) -> BoxStream<'static, Result<Bytes, Error>> {
+    let tee = move |item: &Result<Bytes, Error>| {
+        let (Ok(chunk), Some(client)) = (item, &raw) else {
+            return;
+        };
+        if client.try_send(chunk.clone()).is_err() {
+            raw = None;
+        }
+    };
+    nar.inspect(tee).boxed()
 }
 
 /// Writes one chunk on a blocking thread; `None`, and the cache has said so, when it cannot be.
@@ -290,13 +300,13 @@ impl Intake {
 
 /// Keeps a small checked NAR in the background, if there is room to wait for the disk.
 ///
-/// `encoded` is the NAR in zstd, where that was made already.
-pub(super) fn keep_small(source: &Source, nar: Bytes, encoded: Option<Bytes>) {
+/// `bytes` are the NAR itself, or its zstd file where there is one already.
+pub(super) fn keep_small(source: &Source, bytes: Bytes, form: Form) {
     let Some(intake) = Intake::of(source) else {
         return;
     };
     let shared = Arc::clone(&intake.shared);
-    let kib = u32::try_from(nar.len().div_ceil(1024))
+    let kib = u32::try_from(bytes.len().div_ceil(1024))
         .unwrap_or(u32::MAX)
         .max(1);
     let small = Arc::clone(&shared.fillings.small);
@@ -308,12 +318,12 @@ pub(super) fn keep_small(source: &Source, nar: Bytes, encoded: Option<Bytes>) {
         let Some(fill) = intake.begin() else {
             return;
         };
-        let encoded = match encoded {
-            Some(encoded) => Ok(encoded),
-            None => shared.encoder.encode_whole(Encoding::Zstd, nar).await,
+        let file = match form {
+            Form::File => Ok(bytes),
+            Form::Nar => shared.encoder.encode_whole(Encoding::Zstd, bytes).await,
         };
-        if let Ok(encoded) = encoded
-            && let Some(fill) = write(fill, encoded).await
+        if let Ok(file) = file
+            && let Some(fill) = write(fill, file).await
         {
             intake.commit(fill).await;
         }
@@ -453,12 +463,13 @@ impl Following {
         }
     }
 
-    /// Takes the NAR from a holder again, encodes it anew and checks that it begins as the file did.
+    /// Takes the NAR from a holder again, in the same form, and checks that it begins as the file did.
     async fn go_on_directly(&mut self) -> Result<(), Error> {
         if let Some(cut) = self.client.0.cut() {
             return Err(cut);
         }
-        let direct = transfer::directly(&self.shared, &self.url).await;
+        let form = self.client.0.form;
+        let direct = transfer::directly(&self.shared, &self.url, form).await;
         let mut direct = direct.ok_or_else(|| lost(self.offset))?;
         let mut place = 0;
         while place < self.offset {

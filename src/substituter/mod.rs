@@ -22,6 +22,7 @@ pub mod health;
 pub mod kept;
 pub mod member;
 pub mod nar_url;
+mod passing;
 pub mod publish;
 mod query;
 mod relay;

@@ -49,6 +49,8 @@ pub(super) struct Shared {
     pub(super) whole_nars: Arc<Semaphore>,
     /// Holders whose bytes did not fit; not asked for this path for a while.
     pub(super) corrupt: moka::sync::Cache<(StorePathHash, UpstreamId), ()>,
+    /// Holders whose file of a path did not fit; its NAR is decoded there for a while.
+    pub(super) unpassable: moka::sync::Cache<(StorePathHash, UpstreamId), ()>,
     pub(super) encoder: Encoder,
     /// Streams of transfers whose clients do not read at the moment.
     pub(super) berths: Berths,
@@ -88,10 +90,8 @@ impl Shared {
             vetting: Mutex::default(),
             walks: Arc::new(Semaphore::new(walks.walks_max)),
             whole_nars: Arc::new(Semaphore::new(options.transfer.whole_kib_max as usize)),
-            corrupt: moka::sync::Cache::builder()
-                .max_capacity(CORRUPT_MAX)
-                .time_to_live(CORRUPT_TTL)
-                .build(),
+            corrupt: for_a_while(),
+            unpassable: for_a_while(),
             encoder: Encoder::new(options.transfer.encoder.clone()),
             berths: Berths::default(),
             kept: backend.map(|backend| Kept {
@@ -302,6 +302,11 @@ impl Shared {
             }
         });
     }
+}
+
+fn for_a_while() -> moka::sync::Cache<(StorePathHash, UpstreamId), ()> {
+    let cache = moka::sync::Cache::builder().max_capacity(CORRUPT_MAX);
+    cache.time_to_live(CORRUPT_TTL).build()
 }
 
 /// Beyond it divergence is noted no more; each takes some 300 bytes and a line in the log.

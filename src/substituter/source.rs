@@ -90,6 +90,12 @@ impl Source {
         self.waiting.front().is_some_and(|member| member.id == KEPT)
     }
 
+    /// Returns all who are known to have this NAR; `None` where it is not the one that narinfos name.
+    pub(super) fn known_members(&self) -> Option<Vec<Arc<Member>>> {
+        self.holders.as_ref()?;
+        Some(self.waiting.iter().map(Arc::clone).collect())
+    }
+
     /// Opens the NAR at the next holder that has it.
     pub(super) async fn next_holder(&mut self) -> Option<(Arc<Member>, OpenedNar)> {
         loop {

@@ -8,7 +8,8 @@
 //! of it would save nothing.
 //!
 //! ```text
-//! source (who has it) -> relay (next holder at the same byte) -> digest -> filling | encoder
+//! source (who has it) ┬─> relay (next holder at the same byte) -> digest -> filling | encoder
+//!                     └─> passing (the upstream's own zstd file, checked) -> filling
 //! ```
 
 use std::sync::Arc;
@@ -29,6 +30,7 @@ use super::ahead::Ahead;
 use super::filling::{self, Begun};
 use super::kept::{KEPT, KeptNar};
 use super::nar_url::NarUrl;
+use super::passing::Passing;
 use super::query::{self, Wanted};
 use super::relay::Relay;
 use super::shared::Shared;
@@ -128,45 +130,83 @@ async fn begin(shared: &Arc<Shared>, source: Source, url: &NarUrl) -> Option<Nar
     let body = if let Some(bytes) = Ahead::claim(shared, &source.info, url.encoding).await {
         NarBody::Whole(bytes)
     } else if size_bytes <= shared.options.transfer.whole_bytes_max {
-        NarBody::Whole(whole(shared, source, url.encoding).await?)
+        NarBody::Whole(whole(shared, source, url).await?)
     } else if let Some(filling) = shared.fillings.running(&source.info) {
         NarBody::Stream(filling.give(shared, url, None))
     } else if source.is_kept() || (source.is_here() && url.encoding == Encoding::None) {
-        NarBody::Stream(encoded(shared, source, url.encoding).await?)
+        let checked = Checked::Nar(Relay::new(source).into_checked().await?);
+        NarBody::Stream(checked.encoded(shared, url.encoding, size_bytes))
     } else {
         match filling::begin(source, url).await? {
             Begun::Kept(stream, _) => NarBody::Stream(stream),
             Begun::Direct(checked) => {
-                let encoded = shared
-                    .encoder
-                    .encode_stream(url.encoding, size_bytes, checked);
-                NarBody::Stream(named(encoded))
+                NarBody::Stream(checked.encoded(shared, url.encoding, size_bytes))
             }
         }
     };
     Some(Nar { size_bytes, body })
 }
 
-/// Opens a NAR without keeping it, in the encoding of the URL.
+/// Opens a NAR without keeping it, in the encoding of the URL and made in this way.
 pub(super) async fn directly(
     shared: &Arc<Shared>,
     url: &NarUrl,
+    form: Form,
 ) -> Option<BoxStream<'static, Result<Bytes, Error>>> {
     let source = Source::locate(shared, url).await?;
-    encoded(shared, source, url.encoding).await
+    let nar_size = source.info.nar_size;
+    let checked = match form {
+        Form::Nar => Checked::Nar(Relay::new(source).into_checked().await?),
+        Form::File => Checked::File(Passing::begin(&source, url).await?.into_stream()),
+    };
+    Some(checked.encoded(shared, url.encoding, nar_size))
 }
 
-async fn encoded(
-    shared: &Shared,
-    source: Source,
-    encoding: Encoding,
-) -> Option<BoxStream<'static, Result<Bytes, Error>>> {
-    let nar_size = source.info.nar_size;
-    let checked = Relay::new(source).into_checked().await?;
-    Some(match encoding {
-        Encoding::None => checked,
-        _ => named(shared.encoder.encode_stream(encoding, nar_size, checked)),
-    })
+/// A NAR whose first bytes came, checked on its way.
+pub(super) enum Checked {
+    /// The NAR itself.
+    Nar(BoxStream<'static, Result<Bytes, Error>>),
+    /// The file that an upstream keeps it in, in the encoding that was asked for.
+    File(BoxStream<'static, Result<Bytes, Error>>),
+}
+
+/// In which form a NAR is taken from its holders.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Form {
+    /// See [`Checked::Nar`].
+    Nar,
+    /// See [`Checked::File`].
+    File,
+}
+
+impl Checked {
+    /// Opens a NAR in the form that costs less; `None` when no holder gives a first byte.
+    pub(super) async fn open(source: Source, url: &NarUrl) -> Option<Self> {
+        match Passing::begin(&source, url).await {
+            Some(passing) => Some(Self::File(passing.into_stream())),
+            None => Relay::new(source).into_checked().await.map(Self::Nar),
+        }
+    }
+
+    pub(super) fn form(&self) -> Form {
+        match self {
+            Self::Nar(_) => Form::Nar,
+            Self::File(_) => Form::File,
+        }
+    }
+
+    fn encoded(
+        self,
+        shared: &Shared,
+        encoding: Encoding,
+        nar_size: u64,
+    ) -> BoxStream<'static, Result<Bytes, Error>> {
+        match self {
+            Self::File(file) => file,
+            Self::Nar(nar) if encoding == Encoding::None => nar,
+            Self::Nar(nar) => named(shared.encoder.encode_stream(encoding, nar_size, nar)),
+        }
+    }
 }
 
 /// Opens the kept file of a NAR, where its bytes are what the URL means.
@@ -246,12 +286,12 @@ where
 }
 
 /// Reads, checks and encodes a small NAR once there is room for it in memory.
-async fn whole(shared: &Arc<Shared>, source: Source, encoding: Encoding) -> Option<Bytes> {
+async fn whole(shared: &Arc<Shared>, source: Source, url: &NarUrl) -> Option<Bytes> {
     let kib = u32::try_from(source.info.nar_size.div_ceil(1024)).unwrap_or(u32::MAX);
     let permits = kib.clamp(1, shared.options.transfer.whole_kib_max);
     let room = Arc::clone(&shared.whole_nars);
     let permit = room.acquire_many_owned(permits).await.ok()?;
-    let bytes = read_whole(shared, source, encoding).await?;
+    let bytes = read_whole(shared, source, url).await?;
     Some(Bytes::from_owner(Held {
         bytes,
         _permit: permit,
@@ -259,18 +299,22 @@ async fn whole(shared: &Arc<Shared>, source: Source, encoding: Encoding) -> Opti
 }
 
 /// Reads, checks and encodes a small NAR, and has it kept; its memory is the caller's to bound.
-pub(super) async fn read_whole(
-    shared: &Shared,
-    source: Source,
-    encoding: Encoding,
-) -> Option<Bytes> {
-    let keep = !source.is_kept() && (encoding != Encoding::None || !source.is_here());
+pub(super) async fn read_whole(shared: &Shared, source: Source, url: &NarUrl) -> Option<Bytes> {
+    if let Some(passing) = Passing::begin(&source, url).await
+        && let Some(file) = passing.whole().await
+    {
+        filling::keep_small(&source, file.clone(), Form::File);
+        return Some(file);
+    }
+    let keep = !source.is_kept() && (url.encoding != Encoding::None || !source.is_here());
     let (nar, source) = Relay::new(source).whole().await?;
-    match shared.encoder.encode_whole(encoding, nar.clone()).await {
+    match shared.encoder.encode_whole(url.encoding, nar.clone()).await {
         Ok(bytes) => {
             if keep {
-                let encoded = (encoding == Encoding::Zstd).then(|| bytes.clone());
-                filling::keep_small(&source, nar, encoded);
+                match url.encoding {
+                    Encoding::Zstd => filling::keep_small(&source, bytes.clone(), Form::File),
+                    _ => filling::keep_small(&source, nar, Form::Nar),
+                }
             }
             Some(bytes)
         }
