@@ -206,11 +206,7 @@ async fn write_all(
     let nar_size = filling.info.nar_size;
     let mut file = match checked {
         Checked::File(file) => file,
-        Checked::Nar(nar) => {
-            let teed = teed(nar, raw);
-            let encoder = &shared.encoder;
-            transfer::named(encoder.encode_stream(Encoding::Zstd, nar_size, teed))
-        }
+        Checked::Nar(nar) => transfer::encode(shared, Encoding::Zstd, nar_size, teed(nar, raw)),
     };
     let mut orphan: Option<OwnedSemaphorePermit> = None;
     while let Some(item) = file.next().await {
@@ -320,7 +316,10 @@ pub(super) fn keep_small(source: &Source, bytes: Bytes, form: Form) {
         };
         let file = match form {
             Form::File => Ok(bytes),
-            Form::Nar => shared.encoder.encode_whole(Encoding::Zstd, bytes).await,
+            Form::Nar => {
+                shared.counters.nar_encoded.increment();
+                shared.encoder.encode_whole(Encoding::Zstd, bytes).await
+            }
         };
         if let Ok(file) = file
             && let Some(fill) = write(fill, file).await
@@ -356,8 +355,7 @@ impl Filling {
             Encoding::None => client.plain(Arc::clone(shared), *url, raw),
             encoding @ Encoding::Xz => {
                 let plain = client.plain(Arc::clone(shared), *url, raw);
-                let encoded = shared.encoder.encode_stream(encoding, nar_size, plain);
-                transfer::named(encoded)
+                transfer::encode(shared, encoding, nar_size, plain)
             }
         }
     }

@@ -151,19 +151,19 @@ impl Passing {
         if self.held.is_none() {
             return Ok(None);
         }
-        self.current = self.berth.take_back();
         let chunk = self.checked_chunk().await?;
-        if let (Some(_), Some(current)) = (&chunk, self.current.take()) {
-            self.berth.leave(current);
-        }
         Ok(std::mem::replace(&mut self.held, chunk))
     }
 
     /// Reads and checks one chunk; `None` behind the last of a file that is right.
     async fn checked_chunk(&mut self) -> Result<Option<Bytes>, Error> {
+        self.current = self.berth.take_back();
         let Some(chunk) = self.chunk().await? else {
             return Ok(None);
         };
+        if let Some(current) = self.current.take() {
+            self.berth.leave(current);
+        }
         let before = self.check.nar_bytes();
         let mut rest = &*chunk;
         loop {

@@ -17,13 +17,13 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::StreamExt as _;
-use futures_util::stream::{BoxStream, Stream};
+use futures_util::stream::BoxStream;
 use tokio::sync::OwnedSemaphorePermit;
 use tracing::warn;
 
 use crate::cache::memory::Entry;
 use crate::cache::nar_name::NarName;
-use crate::codec::compression::{EncodeError, EncodedNar, EncoderOptions, Encoding};
+use crate::codec::compression::{EncodeError, EncoderOptions, Encoding};
 use crate::upstream;
 
 use super::ahead::Ahead;
@@ -204,7 +204,7 @@ impl Checked {
         match self {
             Self::File(file) => file,
             Self::Nar(nar) if encoding == Encoding::None => nar,
-            Self::Nar(nar) => named(shared.encoder.encode_stream(encoding, nar_size, nar)),
+            Self::Nar(nar) => encode(shared, encoding, nar_size, nar),
         }
     }
 }
@@ -273,11 +273,15 @@ pub struct Head {
     pub in_parts: bool,
 }
 
-/// Names what an encoder's stream broke off for.
-pub(super) fn named<S>(encoded: EncodedNar<S>) -> BoxStream<'static, Result<Bytes, Error>>
-where
-    S: Stream<Item = Result<Bytes, Error>> + Send + Unpin + 'static,
-{
+/// Encodes a checked NAR on its way.
+pub(super) fn encode(
+    shared: &Shared,
+    encoding: Encoding,
+    nar_size: u64,
+    nar: BoxStream<'static, Result<Bytes, Error>>,
+) -> BoxStream<'static, Result<Bytes, Error>> {
+    shared.counters.nar_encoded.increment();
+    let encoded = shared.encoder.encode_stream(encoding, nar_size, nar);
     let cut = |error| match error {
         EncodeError::Source(error) => error,
         EncodeError::Encoder(error) => Error::Encoder(error.to_string()),
@@ -308,6 +312,9 @@ pub(super) async fn read_whole(shared: &Shared, source: Source, url: &NarUrl) ->
     }
     let keep = !source.is_kept() && (url.encoding != Encoding::None || !source.is_here());
     let (nar, source) = Relay::new(source).whole().await?;
+    if url.encoding != Encoding::None {
+        shared.counters.nar_encoded.increment();
+    }
     match shared.encoder.encode_whole(url.encoding, nar.clone()).await {
         Ok(bytes) => {
             if keep {
