@@ -27,6 +27,7 @@ pub mod publish;
 mod query;
 mod relay;
 mod report;
+mod same_file;
 mod shared;
 mod source;
 pub mod tasks;

@@ -1,7 +1,6 @@
 //! NARs that pass as the files that their upstreams keep, neither decoded nor encoded for the client.
 //!
-//! It is done where zstd is asked for and is what the upstream has, and where every known holder has this very
-//! file, or there is but one: a file cannot go on in another compression. It is checked on the side by
+//! It is done where zstd is asked for and [`super::same_file`] allows it. The file is checked on the side by
 //! [`FileCheck`], and its last chunk is held back until the NAR inside and the file are the promised ones. When
 //! its source breaks, it goes on at the same byte of the file: at the same place by `Range`, else at the next
 //! holder's. Who gave a file that does not fit is not passed again, but decoded, which needs the NAR alone to
@@ -17,25 +16,24 @@ use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt as _;
-use futures_util::future::join_all;
 use futures_util::stream::{self, BoxStream};
 use tokio::time::{sleep, timeout};
 use tracing::warn;
 
-use crate::cache::nar_name::FileHash;
 use crate::codec::compression::Encoding;
 use crate::codec::file_check::{End, FileCheck, FileError, Promise};
 use crate::nix::path_info::PathInfo;
 use crate::upstream::cache_files::FilePart;
-use crate::upstream::{self, EncodedNar, NarStream};
+use crate::upstream::{self, NarStream};
 
 use super::berth::Berth;
-use super::member::{Answer, Member};
+use super::member::Member;
 use super::nar_url::NarUrl;
+use super::now;
+use super::same_file::{Holder, file_hash, holders};
 use super::shared::Shared;
 use super::source::Source;
 use super::transfer::Error;
-use super::{now, query};
 
 /// The file of one NAR on its way, from one holder or the next.
 pub(super) struct Passing {
@@ -60,12 +58,6 @@ pub(super) struct Passing {
     broken: Option<(Instant, usize)>,
     opened: usize,
     cause: upstream::Error,
-}
-
-/// One holder and where it has the file.
-struct Holder {
-    member: Arc<Member>,
-    nar: EncodedNar,
 }
 
 impl Passing {
@@ -181,15 +173,10 @@ impl Passing {
 
     /// Reads one chunk that was not there before, wherever it can be had; `None` at the end.
     async fn chunk(&mut self) -> Result<Option<Bytes>, Error> {
-        let options = self.shared.options.transfer.clone();
         loop {
             // Too short a file is known as such by its end alone.
             let whole = matches!(self.check.end(), Ok(End::Whole));
-            let stall = match self.holders.len() {
-                // Asked anew in time for a second try.
-                0 | 1 => options.stall_last / 2,
-                _ => options.stall,
-            };
+            let stall = self.silence_max();
             let Some((_, bytes)) = &mut self.current else {
                 if whole {
                     return Ok(None);
@@ -219,6 +206,16 @@ impl Passing {
                 }
             };
             self.drop_current(error);
+        }
+    }
+
+    /// For how long a holder may say nothing before it is asked anew, or another.
+    fn silence_max(&self) -> Duration {
+        let options = &self.shared.options.transfer;
+        match self.holders.len() {
+            // In time for a second try.
+            0 | 1 => options.stall_last / 2,
+            _ => options.stall,
         }
     }
 
@@ -262,9 +259,11 @@ impl Passing {
         let begun = now();
         let (since, tries) = *self.broken.get_or_insert((begun, 0));
         self.broken = Some((since, tries + 1));
-        let late = begun.saturating_duration_since(since) >= patience && tries > 0;
-        let lost = self.offset == 0 && tries >= self.holders.len();
-        if self.holders.is_empty() || late || lost || self.opened >= OPENED_MAX {
+        let late = begun.saturating_duration_since(since) >= patience;
+        let all_tried = tries >= self.holders.len();
+        // Of what was not begun nobody waits for the end.
+        let lost = all_tried && (late || self.offset == 0);
+        if self.holders.is_empty() || lost || self.opened >= OPENED_MAX {
             return Err(Error::NoHolderLeft {
                 offset: self.offset,
                 cause: self.cause.clone(),
@@ -287,11 +286,12 @@ impl Passing {
                 never = shared.berths.make_room(member.id) => match never {},
             }
         };
+        let after = self.silence_max();
         let timed_out = upstream::Error::TimedOut {
             question: "NAR",
-            after: patience,
+            after,
         };
-        let opened = timeout(patience, question).await;
+        let opened = timeout(after, question).await;
         let opened = opened.unwrap_or(Err(timed_out));
         let member = Arc::clone(member);
         match member.note(opened) {
@@ -346,69 +346,6 @@ impl Passing {
         Error::Corrupt { upstream, cause }
     }
 }
-
-/// Finds who has the NAR as one and the same zstd file; `None` where it must not be passed.
-///
-/// A part of a kept file that is gone can be made again of the same file alone: the one `wanted`.
-async fn holders(
-    shared: &Shared,
-    info: &PathInfo,
-    known: Vec<Arc<Member>>,
-    wanted: Option<FileHash>,
-) -> Option<Vec<Holder>> {
-    let mut holders = Vec::new();
-    // Those over ssh answer without being asked, so that nothing is lost on them.
-    for found in join_all(known.iter().map(|member| file_of(shared, member, info))).await {
-        holders.push(found?);
-    }
-    if info.nar_size > shared.options.transfer.whole_bytes_max {
-        // It cannot begin anew in another form: who else has it is asked before, not after.
-        let setup = shared.setup();
-        let ids: Vec<_> = known.iter().map(|member| member.id).collect();
-        let mut others = query::ask(&setup, info.path.hash(), &ids).answers;
-        let found = timeout(OTHERS_PATIENCE, async {
-            let mut found = Vec::new();
-            while let Some((member, answer)) = others.next().await {
-                match answer {
-                    Answer::Found(theirs) if theirs.nar_hash == info.nar_hash => {
-                        found.push(file_of(shared, &member, info).await?);
-                    }
-                    _ => {}
-                }
-            }
-            Some(found)
-        });
-        holders.extend(found.await.ok()??);
-    }
-    let first = holders.first()?;
-    let hash = file_hash(&first.nar);
-    let same = |holder: &Holder| file_hash(&holder.nar) == hash;
-    let one_file = holders.len() == 1 || (hash.is_some() && holders.iter().all(same));
-    let wanted = wanted.is_none_or(|wanted| hash == Some(wanted.0));
-    (one_file && wanted).then_some(holders)
-}
-
-/// Asks one holder for its file of a NAR; `None` where that cannot be passed.
-async fn file_of(shared: &Shared, member: &Arc<Member>, info: &PathInfo) -> Option<Holder> {
-    let id = (info.path.hash(), member.id);
-    if shared.unpassable.contains_key(&id) || shared.corrupt.contains_key(&id) {
-        return None;
-    }
-    let asked = timeout(OTHERS_PATIENCE, member.upstream.encoded_nar(info));
-    let nar = asked.await.ok()?.ok()??;
-    let is_served = nar.compression == Encoding::Zstd.compression();
-    is_served.then(|| Holder {
-        member: Arc::clone(member),
-        nar,
-    })
-}
-
-fn file_hash(nar: &EncodedNar) -> Option<[u8; 32]> {
-    nar.file_hash.as_ref()?.sha256()
-}
-
-/// For all upstreams to say whether they have a large NAR, too; its transfer takes longer in any case.
-const OTHERS_PATIENCE: Duration = Duration::from_millis(500);
 
 /// Between two rounds over all holders.
 const PAUSE: Duration = Duration::from_millis(250);

@@ -7,6 +7,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use tokio::sync::Semaphore;
 use tracing::{debug, warn};
 
@@ -25,6 +26,7 @@ use super::counters::Counters;
 use super::filling::Fillings;
 use super::kept::{self, KEPT};
 use super::member::Member;
+use super::nar_url::NarUrl;
 use super::tasks::Tasks;
 use super::{Options, Setup, now};
 
@@ -45,6 +47,8 @@ pub(super) struct Shared {
     /// Random hash parts that upstreams are asked for, to see whether they lead back here.
     pub(super) vetting: Mutex<HashMap<StorePathHash, UpstreamId>>,
     pub(super) walks: Arc<Semaphore>,
+    /// Small NARs that are being read; those who ask for the same meanwhile share it.
+    pub(super) small_nars: SingleFlight<NarUrl, Option<Bytes>>,
     /// KiB of small NARs that may be in memory at once.
     pub(super) whole_nars: Arc<Semaphore>,
     /// Holders whose bytes did not fit; not asked for this path for a while.
@@ -89,6 +93,8 @@ impl Shared {
             revalidating: Mutex::default(),
             vetting: Mutex::default(),
             walks: Arc::new(Semaphore::new(walks.walks_max)),
+            // None is announced, so none is waited for.
+            small_nars: SingleFlight::new(Duration::ZERO),
             whole_nars: Arc::new(Semaphore::new(options.transfer.whole_kib_max as usize)),
             corrupt: for_a_while(),
             unpassable: for_a_while(),
