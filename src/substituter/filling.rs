@@ -6,9 +6,9 @@
 //!                         passing ──^          └─> decoder: clients of the NAR that lag or come late
 //! ```
 //!
-//! So a NAR is encoded once, however many ask for it, and not at all where its upstream has done so. The file ends only once hash and size of the NAR agree, so no client gets the last bytes of a wrong
-//! one. A slow client holds nothing but the file. When the file cannot be written, each client goes on at
-//! the same byte from a holder directly: the cache never makes a client fail.
+//! So a NAR is encoded once, however many ask for it, and not at all where its upstream has done so. The file
+//! ends only once hash and size of the NAR agree, so no client gets the last bytes of a wrong one. What clients
+//! get of it, each at its own pace, is in [`super::following`].
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry as MapEntry;
@@ -18,22 +18,20 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use futures_util::StreamExt as _;
-use futures_util::stream::{self, BoxStream};
+use futures_util::stream::BoxStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tracing::debug;
 
 use crate::cache::backend::{Ground, NarFile};
-use crate::cache::fill::{Fill, Progress, Stage};
+use crate::cache::fill::{Fill, Progress};
 use crate::codec::compression::Encoding;
-use crate::codec::decompress::{DecodeError, Decoder};
-use crate::codec::slice::slice;
+use crate::codec::decompress::Decoder;
 use crate::nix::hash::NarHash;
-use crate::nix::narinfo::Compression;
 use crate::nix::path_info::PathInfo;
 use crate::nix::store_path::StorePathHash;
 
 use super::Setup;
-use super::kept::read_at;
+use super::following::Client;
 use super::nar_url::NarUrl;
 use super::shared::Shared;
 use super::source::Source;
@@ -68,17 +66,17 @@ pub(super) struct Fillings {
     running: Mutex<HashMap<Key, Arc<Filling>>>,
     orphans: Arc<Semaphore>,
     small: Arc<Semaphore>,
-    decoder: Decoder,
+    pub(super) decoder: Decoder,
 }
 
 /// One fill, as those see it who follow it.
 pub(super) struct Filling {
-    info: Arc<PathInfo>,
+    pub(super) info: Arc<PathInfo>,
     /// How the file is made; made otherwise it would be another.
-    form: Form,
-    progress: watch::Receiver<Progress>,
-    reader: Arc<File>,
-    clients: AtomicUsize,
+    pub(super) form: Form,
+    pub(super) progress: watch::Receiver<Progress>,
+    pub(super) reader: Arc<File>,
+    pub(super) clients: AtomicUsize,
     /// Why the NAR itself broke off, where it did.
     cut: Mutex<Option<Error>>,
     /// The file once it is kept, or that it will never be.
@@ -94,9 +92,6 @@ struct Intake {
     info: Arc<PathInfo>,
     grounds: Vec<Ground>,
 }
-
-/// Keeps a fill going for a client; dropped when the client leaves.
-struct Client(Arc<Filling>);
 
 impl Fillings {
     pub(super) fn new(options: &Options) -> Self {
@@ -347,8 +342,7 @@ impl Filling {
         url: &NarUrl,
         raw: Option<mpsc::Receiver<Bytes>>,
     ) -> BoxStream<'static, Result<Bytes, Error>> {
-        self.clients.fetch_add(1, Ordering::Relaxed);
-        let client = Client(Arc::clone(self));
+        let client = Client::of(Arc::clone(self));
         let nar_size = self.info.nar_size;
         match url.encoding {
             Encoding::Zstd => client.follow(Arc::clone(shared), *url),
@@ -364,7 +358,7 @@ impl Filling {
         *self.cut.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
     }
 
-    fn cut(&self) -> Option<Error> {
+    pub(super) fn cut(&self) -> Option<Error> {
         self.cut
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -372,188 +366,8 @@ impl Filling {
     }
 }
 
-impl Client {
-    /// Reads the growing file from its beginning to its end.
-    fn follow(self, shared: Arc<Shared>, url: NarUrl) -> BoxStream<'static, Result<Bytes, Error>> {
-        let progress = self.0.progress.clone();
-        let state = Following {
-            client: self,
-            shared,
-            url: NarUrl {
-                encoding: Encoding::Zstd,
-                ..url
-            },
-            progress,
-            offset: 0,
-            direct: None,
-        };
-        stream::unfold(state, |mut state| async move {
-            let item = state.next().await.transpose()?;
-            Some((item, state))
-        })
-        .boxed()
-    }
-
-    /// Gives the NAR itself: as it comes while the client keeps up, then out of the file.
-    fn plain(
-        self,
-        shared: Arc<Shared>,
-        url: NarUrl,
-        raw: Option<mpsc::Receiver<Bytes>>,
-    ) -> BoxStream<'static, Result<Bytes, Error>> {
-        let nar_size = self.0.info.nar_size;
-        let state = Plain {
-            client: Some(self),
-            shared,
-            url,
-            nar_size,
-            raw,
-            offset: 0,
-            rest: None,
-        };
-        stream::unfold(state, |mut state| async move {
-            let item = state.next().await?;
-            Some((item, state))
-        })
-        .boxed()
-    }
-}
-
-impl Drop for Client {
-    fn drop(&mut self) {
-        self.0.clients.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-/// A client in the growing file.
-struct Following {
-    client: Client,
-    shared: Arc<Shared>,
-    url: NarUrl,
-    progress: watch::Receiver<Progress>,
-    offset: u64,
-    /// From a holder directly, once the file could not be written; up to `offset` it repeats.
-    direct: Option<BoxStream<'static, Result<Bytes, Error>>>,
-}
-
-impl Following {
-    async fn next(&mut self) -> Result<Option<Bytes>, Error> {
-        loop {
-            if let Some(direct) = &mut self.direct {
-                return direct.next().await.transpose();
-            }
-            let Progress { written, stage } = *self.progress.borrow_and_update();
-            if self.offset < written {
-                let file = Arc::clone(&self.client.0.reader);
-                let chunk = read_at(file, self.offset, written).await;
-                let chunk = chunk.map_err(|error| Error::Corrupt {
-                    upstream: "the cache".to_owned(),
-                    cause: error.to_string(),
-                })?;
-                self.offset += chunk.len() as u64;
-                return Ok(Some(chunk));
-            }
-            match stage {
-                Stage::Complete(_) => return Ok(None),
-                Stage::Growing if self.progress.changed().await.is_ok() => {}
-                Stage::Growing | Stage::Failed => self.go_on_directly().await?,
-            }
-        }
-    }
-
-    /// Takes the NAR from a holder again, in the same form, and checks that it begins as the file did.
-    async fn go_on_directly(&mut self) -> Result<(), Error> {
-        if let Some(cut) = self.client.0.cut() {
-            return Err(cut);
-        }
-        let form = self.client.0.form;
-        let direct = transfer::directly(&self.shared, &self.url, form).await;
-        let mut direct = direct.ok_or_else(|| lost(self.offset))?;
-        let mut place = 0;
-        while place < self.offset {
-            let mut chunk = direct.next().await.ok_or_else(|| lost(self.offset))??;
-            let known = usize::try_from(self.offset - place).unwrap_or(usize::MAX);
-            let again = chunk.split_to(chunk.len().min(known));
-            let mut compared = 0;
-            while compared < again.len() {
-                let file = Arc::clone(&self.client.0.reader);
-                let end = place + again.len() as u64;
-                let earlier = read_at(file, place + compared as u64, end).await;
-                let earlier = earlier.map_err(|_| lost(self.offset))?;
-                if again.get(compared..compared + earlier.len()) != Some(&*earlier) {
-                    return Err(Error::Encoder("it came out otherwise this time".to_owned()));
-                }
-                compared += earlier.len();
-            }
-            place += again.len() as u64;
-            if !chunk.is_empty() {
-                direct = stream::iter([Ok(chunk)]).chain(direct).boxed();
-                break;
-            }
-        }
-        self.direct = Some(direct);
-        Ok(())
-    }
-}
-
-/// A client of the NAR itself.
-struct Plain {
-    /// Gone once it reads from the file, which then counts it.
-    client: Option<Client>,
-    shared: Arc<Shared>,
-    url: NarUrl,
-    nar_size: u64,
-    raw: Option<mpsc::Receiver<Bytes>>,
-    offset: u64,
-    rest: Option<BoxStream<'static, Result<Bytes, Error>>>,
-}
-
-impl Plain {
-    async fn next(&mut self) -> Option<Result<Bytes, Error>> {
-        if let Some(raw) = &mut self.raw {
-            match raw.recv().await {
-                Some(chunk) => {
-                    self.offset += chunk.len() as u64;
-                    return Some(Ok(chunk));
-                }
-                None => self.raw = None,
-            }
-        }
-        if self.offset >= self.nar_size {
-            return None;
-        }
-        if let Some(client) = self.client.take() {
-            if let Some(cut) = client.0.cut() {
-                return Some(Err(cut));
-            }
-            let file = client.follow(Arc::clone(&self.shared), self.url);
-            let decoder = &self.shared.fillings.decoder;
-            let decoded = decoder.decode_stream(Compression::Zstd, file)?;
-            let named = decoded.map(|item| {
-                item.map_err(|error| match error {
-                    DecodeError::Source(error) => error,
-                    DecodeError::Damaged { cause, .. } => Error::Corrupt {
-                        upstream: "the cache".to_owned(),
-                        cause: cause.to_string(),
-                    },
-                })
-            });
-            let missing = self.offset..self.nar_size;
-            self.rest = Some(slice(named.boxed(), missing).boxed());
-        }
-        self.rest.as_mut()?.next().await
-    }
-}
-
 fn key(info: &PathInfo) -> Key {
     (info.path.hash(), info.nar_hash)
-}
-
-fn lost(offset: u64) -> Error {
-    Error::NoHolderLeft {
-        offset,
-        cause: crate::upstream::Error::Down("the cache cannot be written".into()),
-    }
 }
 
 /// Chunks of at most 256 KiB that a client of the NAR itself may lag behind before it reads the file.

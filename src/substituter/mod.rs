@@ -18,6 +18,7 @@ pub mod closure;
 pub mod counters;
 pub mod figures;
 pub mod filling;
+mod following;
 pub mod health;
 pub mod kept;
 pub mod member;

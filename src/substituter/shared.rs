@@ -47,8 +47,6 @@ pub(super) struct Shared {
     /// Random hash parts that upstreams are asked for, to see whether they lead back here.
     pub(super) vetting: Mutex<HashMap<StorePathHash, UpstreamId>>,
     pub(super) walks: Arc<Semaphore>,
-    /// Small NARs that are being read; those who ask for the same meanwhile share it.
-    pub(super) small_nars: SingleFlight<NarUrl, Option<Bytes>>,
     /// KiB of small NARs that may be in memory at once.
     pub(super) whole_nars: Arc<Semaphore>,
     /// Holders whose bytes did not fit; not asked for this path for a while.
@@ -63,6 +61,8 @@ pub(super) struct Shared {
     pub(super) fillings: Fillings,
     /// NARs pulled before they are asked for.
     pub(super) ahead: Ahead,
+    /// Small NARs that are being read; those who ask for the same meanwhile share it.
+    pub(super) small_nars: SingleFlight<NarUrl, Option<Bytes>>,
 }
 
 /// The cache below, and the member that stands for it as a holder.
@@ -93,8 +93,6 @@ impl Shared {
             revalidating: Mutex::default(),
             vetting: Mutex::default(),
             walks: Arc::new(Semaphore::new(walks.walks_max)),
-            // None is announced, so none is waited for.
-            small_nars: SingleFlight::new(Duration::ZERO),
             whole_nars: Arc::new(Semaphore::new(options.transfer.whole_kib_max as usize)),
             corrupt: for_a_while(),
             unpassable: for_a_while(),
@@ -106,6 +104,8 @@ impl Shared {
             }),
             fillings: Fillings::new(&options.fill),
             ahead: Ahead::new(options.ahead.clone()),
+            // None is announced, so none is waited for.
+            small_nars: SingleFlight::new(Duration::ZERO),
             options,
         }
     }

@@ -130,7 +130,7 @@ async fn begin(shared: &Arc<Shared>, source: Source, url: &NarUrl) -> Option<Nar
     let body = if let Some(bytes) = Ahead::claim(shared, &source.info, url.encoding).await {
         NarBody::Whole(bytes)
     } else if size_bytes <= shared.options.transfer.whole_bytes_max {
-        NarBody::Whole(shared_whole(shared, source, *url).await?)
+        NarBody::Whole(whole(shared, source, url).await?)
     } else if let Some(filling) = shared.fillings.running(&source.info) {
         NarBody::Stream(filling.give(shared, url, None))
     } else if source.is_kept() || (source.is_here() && url.encoding == Encoding::None) {
@@ -289,23 +289,24 @@ pub(super) fn encode(
     encoded.map(move |item| item.map_err(cut)).boxed()
 }
 
-/// Reads, checks and encodes a small NAR once for all who ask for it just now.
-async fn shared_whole(shared: &Arc<Shared>, source: Source, url: NarUrl) -> Option<Bytes> {
-    let read = || whole(Arc::clone(shared), source, url);
-    shared.small_nars.join(url, read).await?
-}
-
 /// Reads, checks and encodes a small NAR once there is room for it in memory.
-async fn whole(shared: Arc<Shared>, source: Source, url: NarUrl) -> Option<Bytes> {
+async fn whole(shared: &Arc<Shared>, source: Source, url: &NarUrl) -> Option<Bytes> {
     let kib = u32::try_from(source.info.nar_size.div_ceil(1024)).unwrap_or(u32::MAX);
     let permits = kib.clamp(1, shared.options.transfer.whole_kib_max);
     let room = Arc::clone(&shared.whole_nars);
     let permit = room.acquire_many_owned(permits).await.ok()?;
-    let bytes = read_whole(&shared, source, &url).await?;
+    let bytes = read_shared(shared, source, *url).await?;
     Some(Bytes::from_owner(Held {
         bytes,
         _permit: permit,
     }))
+}
+
+/// Reads, checks and encodes a small NAR once for all who ask for it just now.
+async fn read_shared(shared: &Arc<Shared>, source: Source, url: NarUrl) -> Option<Bytes> {
+    let held = Arc::clone(shared);
+    let read = || async move { read_whole(&held, source, &url).await };
+    shared.small_nars.join(url, read).await?
 }
 
 /// Reads, checks and encodes a small NAR, and has it kept; its memory is the caller's to bound.
