@@ -61,7 +61,9 @@ async fn nar(substituter: &Substituter, info: &PathInfo) -> Option<Bytes> {
     };
     match substituter.nar(&url, Extent::Whole).await?.body {
         NarBody::Whole(bytes) => Some(bytes),
-        NarBody::Stream(_) | NarBody::File(_) => panic!("a small NAR is given whole"),
+        NarBody::Checked { .. } | NarBody::Stream(_) | NarBody::File(_) => {
+            panic!("a small NAR is given whole")
+        }
     }
 }
 

@@ -37,6 +37,10 @@ pub enum Fault {
     Cut(usize),
     /// The same, and then nothing more comes.
     Stall(usize),
+    /// What is asked for is begun as it should be, and the connection closed after so many bytes of it.
+    Portion(usize),
+    /// The whole file, whatever part was asked for.
+    NoRange,
     /// The same with chunked encoding, without its end.
     CutChunked(usize),
     /// A byte at a time, with a pause after each.
@@ -237,7 +241,20 @@ impl CacheServer {
             let out = stream.get_mut();
             let sent = match fault {
                 Some(fault) => {
-                    _ = break_it(out, wire, &fault, file.unwrap_or_default(), head);
+                    _ = match fault {
+                        Fault::Portion(bytes) => {
+                            let mut short = Short(out, bytes);
+                            answer(&mut short, &asked, file, head)
+                        }
+                        Fault::NoRange => {
+                            let all = Asked {
+                                headers: HashMap::new(),
+                                ..asked
+                            };
+                            answer(out, &all, file, head)
+                        }
+                        fault => break_it(out, wire, &fault, file.unwrap_or_default(), head),
+                    };
                     return;
                 }
                 None => answer(out, &asked, file, head),
@@ -301,6 +318,28 @@ fn answer(
     out.flush()
 }
 
+/// Lets heads pass and so many bytes of a body.
+struct Short<W>(W, usize);
+
+impl<W: Write> Write for Short<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if bytes.starts_with(b"HTTP/1.1 ") {
+            return self.0.write(bytes);
+        }
+        let size = bytes.len().min(self.1);
+        self.1 -= size;
+        self.0.write_all(&bytes[..size])?;
+        match size < bytes.len() {
+            true => Err(io::ErrorKind::BrokenPipe.into()),
+            false => Ok(size),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}
+
 fn break_it(
     out: &mut impl Write,
     wire: &TcpStream,
@@ -322,6 +361,8 @@ fn break_it(
             out.write_all(ok(size as u64).as_bytes())?;
             out.write_all(&file[..*bytes])?;
         }
+        // What was asked for matters; see `serve`.
+        Fault::Portion(_) | Fault::NoRange => {}
         Fault::Stall(bytes) => {
             out.write_all(ok(size as u64).as_bytes())?;
             out.write_all(&file[..*bytes])?;
