@@ -213,6 +213,56 @@ async fn look_ups_are_remembered_joined_and_forgotten() {
 }
 
 #[tokio::test]
+async fn what_an_upstream_denies_is_forgotten_at_once_but_no_nar() {
+    for tested in Tested::all(1 << 20) {
+        let backend = tested.backend();
+        let (info, nar) = path(1, 1000);
+        let (hash, nar_hash) = (info.path.hash(), info.nar_hash);
+        let mut second = look_up(&info);
+        second.grounds[0].upstream = "second".to_owned();
+        let first = cache::ground().upstream;
+        let one = async |settled: bool| {
+            backend.remember(look_up(&info));
+            backend.remember(second.clone());
+            if settled {
+                tested.settle().await;
+            }
+        };
+        one(true).await;
+        let mut other = nar_hash;
+        other.0[0] ^= 1;
+        backend.deny(hash, other, &[&first, "second"]);
+        backend.deny(hash, nar_hash, &["somebody", &first]);
+        // Before anything is written, and after.
+        assert_eq!(backend.look_up(hash), Some(second.clone()));
+        tested.settle().await;
+        assert_eq!(backend.look_up(hash), Some(second.clone()));
+        backend.deny(hash, nar_hash, &["second"]);
+        assert_eq!(backend.look_up(hash), None);
+        tested.settle().await;
+        assert_eq!((backend.look_up(hash), backend.stats().look_ups), (None, 0));
+        // Denied before it was even written.
+        one(false).await;
+        backend.deny(hash, nar_hash, &[&first, "second"]);
+        tested.settle().await;
+        assert_eq!(backend.look_up(hash), None);
+        // Said again, it counts again.
+        backend.remember(look_up(&info));
+        tested.settle().await;
+        assert_eq!(backend.look_up(hash), Some(look_up(&info)));
+
+        let file = fill(backend, &info, &nar).await.unwrap();
+        backend.deny(hash, nar_hash, &[&first]);
+        tested.settle().await;
+        let record = backend.look_up(hash).unwrap();
+        assert_eq!(
+            (record.file, record.grounds),
+            (Some(file), vec![cache::ground()])
+        );
+    }
+}
+
+#[tokio::test]
 async fn what_was_found_wrong_goes_and_nothing_else() {
     for tested in Tested::all(1 << 20) {
         let backend = tested.backend();

@@ -19,10 +19,11 @@ use muster::nix::narinfo::{Compression, NarInfo};
 use muster::nix::path_info::{PathInfo, Trust};
 use muster::nix::store_path::StoreDir;
 use muster::substituter::Substituter;
+use muster::upstream::Link;
 use sha2::{Digest as _, Sha256};
 use support::*;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::{sleep, timeout};
 
 /// Small, and larger than what is read whole before the first byte.
@@ -263,6 +264,109 @@ async fn trust_that_is_withdrawn_is_withdrawn_from_what_is_kept() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_look_up_ends_with_the_trust_it_rested_on_and_with_the_last_holder() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = (Scripted::new("a"), Scripted::new("b"));
+    let (info, nar) = path(1, 1000, &[]);
+    for upstream in [&a, &b] {
+        upstream.add(&info, &nar);
+    }
+    let both = [Arc::clone(&a), Arc::clone(&b)];
+    let nobody = Trust::Keys(vec![]);
+    let known = async |upstreams: &[Arc<Scripted>], trust: &Trust| {
+        let backend = on_disk(dir.path());
+        let substituter = over_as(upstreams, &backend, trust, Encoding::None);
+        let found = substituter.narinfo(info.path.hash()).await.is_some();
+        // What is asked for again behind the answer is heard, and written.
+        sleep(Duration::from_millis(200)).await;
+        substituter.stop().await;
+        found
+    };
+    assert!(known(&both, &Trust::Operator).await);
+    for upstream in [&a, &b] {
+        upstream.down();
+    }
+    assert!(known(&both, &Trust::Operator).await, "by what is kept");
+    // Not by an upstream that is trusted no more, nor by one that is not configured any more.
+    assert!(!known(&both, &nobody).await);
+    assert!(!known(&[], &Trust::Operator).await);
+    // One of both is enough, and trust that returns counts.
+    assert!(known(std::slice::from_ref(&b), &Trust::Operator).await);
+    // One denies it, the other is off: that one is believed. Then that one denies it, too.
+    for (upstream, still) in [(&a, true), (&b, false)] {
+        upstream.remove(&info);
+        upstream.set_link(up());
+        // The answer is given at once, and asked for behind it.
+        known(&both, &Trust::Operator).await;
+        upstream.down();
+        assert_eq!(known(&both, &Trust::Operator).await, still);
+    }
+}
+
+fn up() -> Link {
+    Link::Up {
+        peer: "scripted".into(),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reload_signs_the_folder_with_the_new_key_but_not_what_lost_its_trust() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = (Scripted::new("a"), Scripted::new("b"));
+    let paths = [path(1, 1000, &[]), path(2, 6 << 20, &[])];
+    for (upstream, (info, nar)) in [&a, &b].into_iter().zip(&paths) {
+        upstream.add(info, nar);
+    }
+    let both = [Arc::clone(&a), Arc::clone(&b)];
+    let substituter = over(&both, &on_disk(dir.path()));
+    let served = serve(substituter.clone()).await;
+    let mut files = Vec::new();
+    for (info, _) in &paths {
+        let plain = nar_target(&get(served.address, &narinfo_target(info)).await);
+        get(served.address, &plain).await;
+        files.push(kept(served.address, info).await);
+    }
+    let signed_by = |number: usize| {
+        let name = narinfo_target(&paths[number].0);
+        let text = std::fs::read_to_string(dir.path().join(&name[1..])).unwrap();
+        let info = NarInfo::parse(&text, &StoreDir::default()).unwrap().info;
+        let names = info
+            .signatures
+            .iter()
+            .map(|s| s.key_name().as_str().to_owned());
+        names.collect::<Vec<_>>()
+    };
+    assert_eq!(
+        (signed_by(0), signed_by(1)),
+        (vec!["test-1".to_owned()], vec!["test-1".to_owned()])
+    );
+    // The second builder is not configured any more.
+    let name = muster::nix::signature::KeyName::new("new-1").unwrap();
+    let new = muster::nix::signature::SecretKey::from_seed(name, &[8; 32].into());
+    let mut reloaded = setup(&both[..1], &Trust::Operator, Encoding::None);
+    reloaded.publisher.keys = vec![new];
+    substituter.replace(reloaded);
+    let signed = async {
+        while signed_by(0) != ["new-1"] {
+            sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(Duration::from_secs(10), signed)
+        .await
+        .expect("signed anew");
+    sleep(Duration::from_millis(300)).await;
+    assert_eq!(signed_by(1), ["test-1"], "nobody vouches for it");
+    assert!(narinfo(served.address, &paths[1].0).await.is_none());
+    let served_now = narinfo(served.address, &paths[0].0).await.unwrap();
+    assert_eq!(served_now.info.signatures[0].key_name().as_str(), "new-1");
+    assert_eq!(format!("/{}", served_now.url), files[0]);
+    assert_eq!(
+        unzstd(&get(served.address, &files[0]).await.body),
+        paths[0].1
+    );
+}
+
 /// A setup whose members have other numbers, as after a reload that changed them.
 trait Renumber {
     fn renumbered(self) -> Self;
@@ -329,11 +433,13 @@ async fn a_slow_client_holds_no_builder_and_one_that_leaves_stops_no_fill() {
         let mut slow = TcpStream::connect(served.address).await.unwrap();
         let asked = format!("GET {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
         slow.write_all(asked.as_bytes()).await.unwrap();
+        // Under load it would else come when all is over, and begin a fill of its own.
+        slow.read_u8().await.unwrap();
         let mut leaving = TcpStream::connect(served.address).await.unwrap();
         leaving.write_all(asked.as_bytes()).await.unwrap();
         leaving.read_u8().await.unwrap();
         drop(leaving);
-        // It has read nothing yet; the whole NAR is kept, and the builder free.
+        // It has read nothing of it yet; the whole NAR is kept, and the builder free.
         kept(served.address, &info).await;
         assert_eq!(a.nars_open.load(Ordering::Relaxed), 0, "{suffix}");
         let mut bytes = Vec::new();
@@ -341,6 +447,66 @@ async fn a_slow_client_holds_no_builder_and_one_that_leaves_stops_no_fill() {
         assert!(bytes.len() > 30 << 20, "{}", bytes.len());
         if suffix.is_empty() {
             assert!(bytes.ends_with(&nar), "the NAR, to its last byte");
+        }
+    }
+}
+
+/// A client that asks for something and reads the head of the answer only.
+async fn stopped(address: SocketAddr, target: &str) -> TcpStream {
+    let socket = TcpSocket::new_v4().unwrap();
+    // Else the system takes some MB in its stead.
+    socket.set_recv_buffer_size(8 << 10).unwrap();
+    let mut stream = socket.connect(address).await.unwrap();
+    let asked = format!("GET {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    stream.write_all(asked.as_bytes()).await.unwrap();
+    let head = read_head(&mut stream).await;
+    assert!(
+        head.contains(" 200 ") && head.contains("content-length: "),
+        "{head}"
+    );
+    stream
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_that_stop_do_not_keep_small_nars_from_others() {
+    for backend in [None, Some(memory())] {
+        let a = Scripted::new("a");
+        let paths: Vec<_> = (0..7).map(|number| path(number, 4 << 20, &[])).collect();
+        for (info, nar) in &paths {
+            a.add(info, nar);
+        }
+        let mut options = options();
+        // Room for two of them.
+        options.transfer.whole_kib_max = 9 << 10;
+        let setup = setup(std::slice::from_ref(&a), &Trust::Operator, Encoding::None);
+        let mut patient = server_options();
+        patient.write_stall = Duration::from_secs(300);
+        let substituter = Substituter::new(options, setup, backend);
+        let served = serve_with(substituter, patient).await.0;
+        // What clients remember: the NAR as it is, and compressed.
+        let target = |number: usize| {
+            let (info, _) = &paths[number];
+            let name = format!("{}-{}", info.path.hash(), info.nar_hash.to_base32());
+            format!("/nar/{name}.nar{}", ["", ".zst"][number % 2])
+        };
+        let asked = std::time::Instant::now();
+        let mut clients = Vec::new();
+        for number in 0..6 {
+            clients.push(stopped(served.address, &target(number)).await);
+        }
+        let last = get(served.address, &target(6)).await;
+        assert!(last.body == paths[6].1);
+        let took = asked.elapsed();
+        assert!(took < Duration::from_secs(60), "{took:?}");
+        // Each of them reads on and has what it was promised.
+        for (number, mut client) in clients.into_iter().enumerate() {
+            let mut body = Vec::new();
+            client.read_to_end(&mut body).await.unwrap();
+            let body = match number % 2 {
+                0 => body,
+                _ => unzstd(&body),
+            };
+            assert!(body == paths[number].1, "client {number}");
         }
     }
 }
@@ -359,6 +525,42 @@ async fn a_fill_whose_client_left_is_finished() {
     drop(leaving);
     let file = kept(served.address, &info).await;
     assert!(unzstd(&get(served.address, &file).await.body) == nar);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fill_that_nobody_waits_for_holds_no_silent_builder() {
+    let a = Scripted::new("a");
+    let (info, nar) = path(1, 30 << 20, &[]);
+    a.add(&info, &nar);
+    *a.nar_script.lock().unwrap() = NarScript::StallAt(20 << 20);
+    let mut options = options();
+    options.transfer.stall_last = Duration::from_secs(120);
+    options.fill.orphan_stall = Duration::from_millis(500);
+    let setup = setup(std::slice::from_ref(&a), &Trust::Operator, Encoding::None);
+    let backend = memory();
+    let served = serve(Substituter::new(options, setup, Some(Arc::clone(&backend)))).await;
+    let target = nar_target(&get(served.address, &narinfo_target(&info)).await);
+    let mut client = TcpStream::connect(served.address).await.unwrap();
+    let asked = format!("GET {target} HTTP/1.1\r\nHost: x\r\n\r\n");
+    client.write_all(asked.as_bytes()).await.unwrap();
+    let mut bytes = vec![0; 5 << 20];
+    client.read_exact(&mut bytes).await.unwrap();
+    // Somebody waits: the last holder is waited for as ever.
+    sleep(Duration::from_secs(2)).await;
+    assert_eq!(a.nars_open.load(Ordering::Relaxed), 1);
+    drop(client);
+    let free = async {
+        while a.nars_open.load(Ordering::Relaxed) > 0 {
+            sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(Duration::from_secs(20), free)
+        .await
+        .expect("it is free");
+    assert_eq!(backend.stats().bytes_reserved, 0);
+    // Who comes then begins anew.
+    *a.nar_script.lock().unwrap() = NarScript::Whole;
+    assert!(get(served.address, &target).await.body == nar);
 }
 
 #[tokio::test(flavor = "multi_thread")]

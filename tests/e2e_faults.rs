@@ -283,9 +283,11 @@ fn whatever_a_cache_says_of_paths_the_client_has_them_from_the_builder() {
     let origin = Origin::new(&lab);
     let parts = origin.builder.build_one("flat", "--arg n 22");
     let paths: Vec<String> = origin.builder.closure(&parts);
-    origin
-        .builder
-        .copy_to("/lab/zstd", "compression=zstd", &[parts.clone()]);
+    origin.builder.copy_to(
+        "/lab/zstd",
+        "compression=zstd",
+        std::slice::from_ref(&parts),
+    );
     let other = "NarHash: sha256:1ph6nz4k516p3yayhhv60hzagxaal4aa7mwpj3ys2zvbd21vnrga";
     let edited = |text: &str, name: &str, line: &str| {
         let lines = text.lines();

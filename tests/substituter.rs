@@ -123,6 +123,104 @@ async fn two_timeouts_make_a_builder_sick_and_a_probe_heals_it() {
     assert!(found(&substituter, &info).await);
 }
 
+fn nar_url(info: &PathInfo) -> NarUrl {
+    NarUrl {
+        path_hash: info.path.hash(),
+        nar_hash: info.nar_hash,
+        file_hash: None,
+        encoding: Encoding::None,
+    }
+}
+
+async fn whole_nar(substituter: &Substituter, info: &PathInfo) -> Option<bytes::Bytes> {
+    match substituter.nar(&nar_url(info), Extent::Whole).await?.body {
+        NarBody::Whole(bytes) => Some(bytes),
+        _ => panic!("it is small"),
+    }
+}
+
+/// Lets a builder time out twice, so that it is connected and sick.
+async fn make_sick(substituter: &Substituter, builder: &Scripted) {
+    *builder.silent.lock().unwrap() = true;
+    for number in 900..902 {
+        assert!(!found(substituter, &path(number, 1, &[]).0).await);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_sick_holder_is_tried_last_for_a_nar_and_costs_a_look_up_nothing() {
+    let (a, b) = (Scripted::new("a"), Scripted::new("b"));
+    let (info, nar) = path(1, 100, &[]);
+    let (both, both_nar) = path(2, 100, &[]);
+    let (new, new_nar) = path(3, 100, &[]);
+    for (info, nar) in [(&info, &nar), (&both, &both_nar), (&new, &new_nar)] {
+        b.add(info, nar);
+    }
+    a.add(&both, &both_nar);
+    let setup = setup(
+        &[Arc::clone(&a), Arc::clone(&b)],
+        &Trust::Operator,
+        Encoding::None,
+    );
+    // What is kept would be given from there.
+    let substituter = Substituter::new(options(), setup, None);
+    assert!(found(&substituter, &info).await && found(&substituter, &both).await);
+    sleep(Duration::from_millis(1)).await;
+    make_sick(&substituter, &b).await;
+    let nars = || b.nars.load(Ordering::Relaxed);
+
+    // Silent still: a 404, as late as the last holder is waited for, and no look-up waits for it.
+    let asked = tokio::time::Instant::now();
+    let nobody = path(4, 1, &[]).0;
+    let (given, looked_up) = tokio::join!(whole_nar(&substituter, &info), async {
+        let unknown = found(&substituter, &nobody).await;
+        let known = found(&substituter, &info).await;
+        (unknown, known, asked.elapsed())
+    });
+    assert_eq!((given, nars()), (None, 1));
+    let last = options().transfer.stall_last;
+    assert!(
+        (last..last * 2).contains(&asked.elapsed()),
+        "{:?}",
+        asked.elapsed()
+    );
+    let (unknown, known, took) = looked_up;
+    assert!(
+        !unknown && known && took < Duration::from_millis(50),
+        "{took:?}"
+    );
+
+    // Another holder is well: the sick one is not asked.
+    assert_eq!(whole_nar(&substituter, &both).await, Some(both_nar));
+    assert_eq!(nars(), 1);
+
+    // Slow, but alive: one slow answer, for what a client remembers from long ago, too.
+    *b.silent.lock().unwrap() = false;
+    *b.delay.lock().unwrap() = last - Duration::from_millis(100);
+    assert_eq!(whole_nar(&substituter, &info).await, Some(nar.clone()));
+    make_sick(&substituter, &b).await;
+    *b.silent.lock().unwrap() = false;
+    assert!(!found(&substituter, &new).await, "a look-up does not wait");
+    assert_eq!(whole_nar(&substituter, &new).await, Some(new_nar));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_sick_holder_takes_over_when_the_last_well_one_breaks() {
+    let (a, b) = (Scripted::new("a"), Scripted::new("b"));
+    let (info, nar) = path(1, 100_000, &[]);
+    for builder in [&a, &b] {
+        builder.add(&info, &nar);
+    }
+    let substituter = substituter(&[Arc::clone(&a), Arc::clone(&b)]);
+    assert!(found(&substituter, &info).await);
+    sleep(Duration::from_millis(1)).await;
+    make_sick(&substituter, &b).await;
+    *b.silent.lock().unwrap() = false;
+    *a.nar_script.lock().unwrap() = NarScript::BreakAt(70_000);
+    assert_eq!(whole_nar(&substituter, &info).await, Some(nar));
+    assert_eq!(b.nars.load(Ordering::Relaxed), 1);
+}
+
 #[tokio::test(start_paused = true)]
 async fn equal_questions_are_asked_once_and_outlive_their_first_asker() {
     let a = Scripted::new("a");

@@ -13,7 +13,9 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
+use crate::nix::hash::NarHash;
 use crate::nix::path_info::{Basis, PathInfo};
+use crate::nix::signature::{PublicKey, Signature};
 use crate::nix::store_path::StorePathHash;
 
 use super::fill::Fill;
@@ -80,6 +82,10 @@ pub struct Stats {
     pub degraded: Option<String>,
 }
 
+/// Says with which signatures a path is to be shown to those who read what is kept without muster,
+/// beside the foreign ones; `None`: it is not vouched for today, and is left as it is.
+pub type Sign<'a> = dyn Fn(&Record) -> Option<Vec<Signature>> + Send + Sync + 'a;
+
 /// Why a backend cannot do it now; whoever serves goes on without.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -133,6 +139,18 @@ pub trait Backend: Send + Sync + 'static {
     /// Queued, and dropped when the queue is full: it is only a memory.
     fn remember(&self, record: Record);
 
+    /// Forgets that upstreams have this NAR of a path, because they deny it.
+    ///
+    /// It shows at once. Where the NAR is kept nothing changes: who vouched for it did so when it was
+    /// taken in. A look-up that nobody is left for is forgotten.
+    fn deny(&self, hash: StorePathHash, nar_hash: NarHash, upstreams: &[&str]);
+
+    /// Takes over which keys sign now, at the start and when they or the trust in upstreams change.
+    ///
+    /// `keys` are those that entries are known by where only their narinfo is left; in the background
+    /// each narinfo that others may read gets the signatures that `sign` makes.
+    fn sign_with(&self, keys: Vec<PublicKey>, sign: Arc<Sign<'static>>);
+
     /// Forgets a path, its NAR too, in the background.
     fn forget(&self, hash: StorePathHash);
 
@@ -177,6 +195,17 @@ impl NarFile {
 }
 
 impl Record {
+    /// Forgets that upstreams have this NAR, as [`Backend::deny`] says; `false` when nothing changes.
+    pub fn deny(&mut self, nar_hash: NarHash, upstreams: &[impl AsRef<str>]) -> bool {
+        if self.file.is_some() || self.info.nar_hash != nar_hash {
+            return false;
+        }
+        let before = self.grounds.len();
+        let denied = |ground: &Ground| upstreams.iter().any(|u| u.as_ref() == ground.upstream);
+        self.grounds.retain(|ground| !denied(ground));
+        self.grounds.len() < before
+    }
+
     /// Names the kept file, where there is one.
     pub fn name(&self) -> Option<NarName> {
         self.file.map(|file| file.name(&self.info))

@@ -10,9 +10,11 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use rustix::fs::MemfdFlags;
 
-use super::backend::{Backend, Error, NarFile, OpenNar, Record, Stats};
+use super::backend::{Backend, Error, NarFile, OpenNar, Record, Sign, Stats};
 use super::fill::{Fill, Place};
 use super::nar_name::NarName;
+use crate::nix::hash::NarHash;
+use crate::nix::signature::PublicKey;
 use crate::nix::store_path::StorePathHash;
 
 /// Records and NARs until the process ends.
@@ -89,6 +91,19 @@ impl Backend for MemoryBackend {
             }
         }
     }
+
+    fn deny(&self, hash: StorePathHash, nar_hash: NarHash, upstreams: &[&str]) {
+        let mut kept = self.lock();
+        if let Some(entry) = kept.entries.get_mut(&hash)
+            && entry.record.deny(nar_hash, upstreams)
+            && entry.record.grounds.is_empty()
+        {
+            kept.remove(hash);
+        }
+    }
+
+    /// Nobody else reads what is kept here.
+    fn sign_with(&self, _: Vec<PublicKey>, _: Arc<Sign<'static>>) {}
 
     fn forget(&self, hash: StorePathHash) {
         self.lock().remove(hash);

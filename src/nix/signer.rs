@@ -6,7 +6,7 @@
 
 use super::fingerprint;
 use super::path_info::PathInfo;
-use super::signature::{SecretKey, Signature};
+use super::signature::{PublicKey, SecretKey, Signature};
 use super::store_path::StoreDir;
 
 /// The keys that every path shall carry a signature of.
@@ -31,6 +31,11 @@ impl Signer {
     /// Takes keys of different names, and the directory of the paths that they sign.
     pub fn new(keys: Vec<SecretKey>, store_dir: StoreDir) -> Self {
         Self { keys, store_dir }
+    }
+
+    /// Returns the public halves of the keys.
+    pub fn public_keys(&self) -> Vec<PublicKey> {
+        self.keys.iter().map(SecretKey::public).collect()
     }
 
     /// Returns the directory of the paths.

@@ -1,7 +1,10 @@
 //! One request: route, one call to the substituter, response.
 
+use std::ops::Range;
+
 use bytes::Bytes;
 use futures_util::StreamExt as _;
+use futures_util::stream::BoxStream;
 use hyper::body::Incoming;
 use hyper::{Method, Request, Response};
 use tokio::sync::watch;
@@ -10,7 +13,7 @@ use crate::codec::compression::Encoding;
 use crate::codec::slice::slice;
 use crate::substituter::Substituter;
 use crate::substituter::nar_url::NarUrl;
-use crate::substituter::transfer::{Extent, NarBody};
+use crate::substituter::transfer::{self, Extent, NarBody};
 
 use super::Info;
 use super::catalog::Feeds;
@@ -21,7 +24,6 @@ use super::route::Route;
 use super::splice::{FileBody, FileQueue};
 
 /// Answers requests.
-#[derive(Clone)]
 pub(super) struct Handler {
     substituter: Substituter,
     info: watch::Receiver<Info>,
@@ -98,8 +100,9 @@ impl Handler {
         hash: crate::nix::store_path::StorePathHash,
     ) -> Result<Response<Body>, Error> {
         let text = self.substituter.narinfo(hash).await;
-        text.map(|text| response::whole("text/x-nix-narinfo", text))
-            .ok_or(Error::NotFound)
+        Ok(text.map_or_else(response::absent, |text| {
+            response::whole("text/x-nix-narinfo", text)
+        }))
     }
 
     async fn nar_head(&self, url: &NarUrl) -> Result<Response<Body>, Error> {
@@ -128,7 +131,9 @@ impl Handler {
         // What is made on the fly need not come out as the same bytes again, so it has no ranges.
         let in_parts = match nar.body {
             NarBody::File(_) => url.file_hash.is_some(),
-            NarBody::Whole(_) | NarBody::Stream(_) => url.encoding == Encoding::None,
+            NarBody::Whole(_) | NarBody::Checked { .. } | NarBody::Stream(_) => {
+                url.encoding == Encoding::None
+            }
         };
         let part = match in_parts {
             true => range::of(request.headers(), size)?,
@@ -146,18 +151,28 @@ impl Handler {
                 let wanted = part.clone().map(|part| place(part.start)..place(part.end));
                 response::whole(NAR, bytes.slice(wanted.unwrap_or(0..bytes.len())))
             }
-            NarBody::Stream(stream) => match part.clone() {
-                Some(part) => {
-                    let length = part.end - part.start;
-                    response::stream(NAR, slice(stream, part).boxed(), Some(length))
-                }
-                None => response::stream(NAR, stream, in_parts.then_some(size)),
-            },
+            NarBody::Checked { stream, length } => streamed(stream, part.clone(), Some(length)),
+            NarBody::Stream(stream) => streamed(stream, part.clone(), in_parts.then_some(size)),
         };
         Ok(match in_parts {
             true => response::with_range(answer, part, size),
             false => answer,
         })
+    }
+}
+
+/// Answers with a stream of so many bytes, or with a part of it.
+fn streamed(
+    stream: BoxStream<'static, Result<Bytes, transfer::Error>>,
+    part: Option<Range<u64>>,
+    length: Option<u64>,
+) -> Response<Body> {
+    match part {
+        Some(part) => {
+            let length = part.end - part.start;
+            response::stream(NAR, slice(stream, part).boxed(), Some(length))
+        }
+        None => response::stream(NAR, stream, length),
     }
 }
 

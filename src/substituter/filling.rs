@@ -15,6 +15,7 @@ use std::collections::hash_map::Entry as MapEntry;
 use std::fs::File;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::StreamExt as _;
@@ -47,6 +48,9 @@ pub struct Options {
     pub orphans_max: usize,
     /// A NAR of more bytes is given up when its last client leaves.
     pub orphan_bytes_max: u64,
+    /// Silence of a source after which a fill without clients is given up: time to go on from another
+    /// holder, but no builder's channel is held for what nobody waits for.
+    pub orphan_stall: Duration,
     /// KiB of small NARs that wait to be written; further ones are not kept.
     pub small_kib_max: u32,
 }
@@ -56,6 +60,7 @@ impl Default for Options {
         Self {
             orphans_max: 4,
             orphan_bytes_max: 4 << 30,
+            orphan_stall: Duration::from_secs(10),
             small_kib_max: 64 << 10,
         }
     }
@@ -216,7 +221,18 @@ async fn write_all(
         .encoder
         .encode_stream(Encoding::Zstd, nar_size, teed.boxed());
     let mut orphan: Option<OwnedSemaphorePermit> = None;
-    while let Some(item) = encoded.next().await {
+    loop {
+        let item = tokio::select! {
+            biased;
+            item = encoded.next() => item,
+            () = filling.abandonment(shared.options.fill.orphan_stall) => {
+                debug!(path = %filling.info.path, "given up, nobody waits and its source is silent");
+                return None;
+            }
+        };
+        let Some(item) = item else {
+            return Some(fill);
+        };
         let chunk = match item {
             Ok(chunk) => chunk,
             Err(error) => {
@@ -238,7 +254,6 @@ async fn write_all(
         }
         fill = write(fill, chunk).await?;
     }
-    Some(fill)
 }
 
 /// Writes one chunk on a blocking thread; `None`, and the cache has said so, when it cannot be.
@@ -348,6 +363,16 @@ impl Filling {
                 let plain = client.plain(Arc::clone(shared), *url, raw);
                 let encoded = shared.encoder.encode_stream(encoding, nar_size, plain);
                 transfer::named(encoded)
+            }
+        }
+    }
+
+    /// Resolves after so long, or a multiple of it, when it has no clients then.
+    async fn abandonment(&self, patience: Duration) {
+        loop {
+            tokio::time::sleep(patience).await;
+            if self.clients.load(Ordering::Relaxed) == 0 {
+                return;
             }
         }
     }

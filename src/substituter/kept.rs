@@ -23,6 +23,7 @@ use crate::cache::nar_name::NarName;
 use crate::codec::decompress::{DecodeError, Decoder};
 use crate::nix::narinfo::Compression;
 use crate::nix::path_info::{PathInfo, Trust, Verified};
+use crate::nix::signature::SecretKey;
 use crate::nix::store_path::{StorePath, StorePathHash};
 use crate::upstream::{self, Link, NarStream, Upstream};
 
@@ -244,6 +245,18 @@ impl Shared {
         let entry = Arc::new(entry.with_file(text, Some(file)));
         self.if_current(&setup, || self.cache.commit(hash, entry));
     }
+}
+
+/// Has the backend's narinfos, which others may read, signed as those that are served.
+pub(super) fn sign(backend: &dyn Backend, setup: &Arc<Setup>) {
+    let keys = setup.publisher.keys.iter().map(SecretKey::public);
+    let keys = keys.collect();
+    let setup = Arc::clone(setup);
+    let sign = move |record: &Record| {
+        let (verified, _) = believed(&setup, record)?;
+        Some(setup.publisher.signatures(&verified))
+    };
+    backend.sign_with(keys, Arc::new(sign));
 }
 
 /// Checks a record against the trust of today; who of the upstreams is believed to have it.

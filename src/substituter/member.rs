@@ -164,6 +164,33 @@ impl Member {
             let took = now().saturating_duration_since(begun);
             self.figures.answered(took);
         }
+        self.judge(hash, answer, store_dir)
+    }
+
+    /// Asks for a path though the upstream is sick, for as long as `patience`.
+    ///
+    /// Dropped, the question is abandoned.
+    pub async fn path_info_of_sick(
+        &self,
+        hash: StorePathHash,
+        store_dir: &StoreDir,
+        patience: Duration,
+    ) -> Answer {
+        let asked = tokio::time::timeout(patience, self.upstream.kept_path_info(hash));
+        let late = |_| Error::TimedOut {
+            question: "path info",
+            after: patience,
+        };
+        let answer = asked.await.map_err(late).flatten();
+        self.judge(hash, answer, store_dir)
+    }
+
+    fn judge(
+        &self,
+        hash: StorePathHash,
+        answer: Result<Option<PathInfo>, Error>,
+        store_dir: &StoreDir,
+    ) -> Answer {
         match self.note(answer) {
             Ok(None) => Answer::Absent,
             Err(error) => {
@@ -260,6 +287,11 @@ impl Member {
     fn wants_probe(&self, now: Instant) -> bool {
         let connected = matches!(self.link(), Link::Up { .. });
         connected && !self.is_ourselves() && self.standing(now) == Standing::Sick
+    }
+
+    /// Tells whether it is sick although it is connected: what it has may yet come, slowly.
+    pub fn is_doubtful(&self) -> bool {
+        self.wants_probe(now())
     }
 
     /// Begins anew after the machine slept: old connections are dead, old time-outs mean nothing.

@@ -20,6 +20,7 @@ pub mod figures;
 pub mod filling;
 pub mod health;
 pub mod kept;
+mod lent;
 pub mod member;
 pub mod nar_url;
 pub mod publish;

@@ -54,11 +54,7 @@ impl Publisher {
         let ours = |s: &Signature| self.keys.iter().any(|key| key.name() == s.key_name());
         info.signatures.retain(|s| !ours(s));
         info.signatures.truncate(FOREIGN_SIGNATURES_MAX);
-        if *verified.basis() != Basis::ContentAddress {
-            let fingerprint = fingerprint::of_path(&info, &self.store_dir);
-            let signatures = self.keys.iter().map(|key| key.sign(&fingerprint));
-            info.signatures.extend(signatures);
-        }
+        info.signatures.extend(self.signatures(verified));
         let plain = self.encoding == Encoding::None;
         let narinfo = NarInfo {
             url: url.to_string(),
@@ -70,6 +66,15 @@ impl Publisher {
             info,
         };
         self.finish(&narinfo)
+    }
+
+    /// Makes our own signatures; none for what rests on its content address alone.
+    pub fn signatures(&self, verified: &Verified) -> Vec<Signature> {
+        if *verified.basis() == Basis::ContentAddress {
+            return Vec::new();
+        }
+        let fingerprint = fingerprint::of_path(verified, &self.store_dir);
+        self.keys.iter().map(|key| key.sign(&fingerprint)).collect()
     }
 
     /// Rewrites a published text, so that it names the kept file; `None`: it is no text of ours.

@@ -77,9 +77,35 @@ pub(super) async fn entry(
                 shared.keep(hash, entry, now());
                 note(wanted);
             }
-            return answer;
+            return match (answer, wanted) {
+                // A narinfo's "no" is quick; a NAR was promised to somebody once.
+                (None, Wanted::Nar) => ask_sick(shared, hash).await,
+                (answer, _) => answer,
+            };
         }
     }
+}
+
+/// Asks those that are sick but connected, all at once, as long as a last holder is waited for.
+async fn ask_sick(shared: &Arc<Shared>, hash: StorePathHash) -> Option<Arc<Entry>> {
+    let setup = shared.setup();
+    let patience = shared.options.transfer.stall_last;
+    let doubtful = setup.members.iter().filter(|member| member.is_doubtful());
+    let ask = |member: &Arc<Member>| {
+        let (member, setup) = (Arc::clone(member), Arc::clone(&setup));
+        async move {
+            let store_dir = setup.store_dir();
+            let answer = member.path_info_of_sick(hash, store_dir, patience).await;
+            (member, answer)
+        }
+    };
+    let mut asked: FuturesUnordered<_> = doubtful.map(ask).collect();
+    while let Some((member, answer)) = asked.next().await {
+        if let Answer::Found(verified) = answer {
+            return shared.commit(&setup, &member, &verified, now());
+        }
+    }
+    None
 }
 
 /// Asks every upstream that is not sick; returns the first trusted answer.
@@ -228,6 +254,8 @@ async fn ask_again(shared: &Arc<Shared>, hash: StorePathHash, entry: &Arc<Entry>
             Answer::Unknown => {}
         }
     }
+    // Else what memory forgets would come back from there.
+    shared.deny(&setup, hash, entry.nar_hash, &denied);
     let now = now();
     let mut holders = entry.holders();
     holders.retain(|id| !denied.contains(id));

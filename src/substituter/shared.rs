@@ -24,6 +24,7 @@ use super::berth::Berths;
 use super::counters::Counters;
 use super::filling::Fillings;
 use super::kept::{self, KEPT};
+use super::lent::Lending;
 use super::member::Member;
 use super::tasks::Tasks;
 use super::{Options, Setup, now};
@@ -32,7 +33,7 @@ use super::{Options, Setup, now};
 pub(super) struct Shared {
     pub(super) options: Options,
     // Never held over an await. Held while the cache changes, so that nothing of an old setup is
-    // kept beside a new one; no other lock is taken under it.
+    // kept beside a new one; only locks of the caches are taken under it.
     setup: RwLock<Arc<Setup>>,
     pub(super) cache: NarInfoCache,
     pub(super) flights: SingleFlight<StorePathHash, Option<Arc<Entry>>>,
@@ -45,8 +46,8 @@ pub(super) struct Shared {
     /// Random hash parts that upstreams are asked for, to see whether they lead back here.
     pub(super) vetting: Mutex<HashMap<StorePathHash, UpstreamId>>,
     pub(super) walks: Arc<Semaphore>,
-    /// KiB of small NARs that may be in memory at once.
-    pub(super) whole_nars: Arc<Semaphore>,
+    /// Memory for small NARs.
+    pub(super) lending: Lending,
     /// Holders whose bytes did not fit; not asked for this path for a while.
     pub(super) corrupt: moka::sync::Cache<(StorePathHash, UpstreamId), ()>,
     pub(super) encoder: Encoder,
@@ -77,9 +78,13 @@ pub(super) struct Divergence {
 impl Shared {
     pub(super) fn new(options: Options, setup: Setup, backend: Option<Arc<dyn Backend>>) -> Self {
         let walks = options.prefetch.clone().unwrap_or_default();
+        let setup = Arc::new(setup);
+        if let Some(backend) = &backend {
+            kept::sign(&**backend, &setup);
+        }
         Self {
             cache: NarInfoCache::new(options.memory.clone()),
-            setup: RwLock::new(Arc::new(setup)),
+            setup: RwLock::new(setup),
             flights: SingleFlight::new(walks.patience),
             counters: Counters::default(),
             tasks: Tasks::new(options.tasks_max),
@@ -87,7 +92,7 @@ impl Shared {
             revalidating: Mutex::default(),
             vetting: Mutex::default(),
             walks: Arc::new(Semaphore::new(walks.walks_max)),
-            whole_nars: Arc::new(Semaphore::new(options.transfer.whole_kib_max as usize)),
+            lending: Lending::new(options.transfer.whole_kib_max),
             corrupt: moka::sync::Cache::builder()
                 .max_capacity(CORRUPT_MAX)
                 .time_to_live(CORRUPT_TTL)
@@ -127,6 +132,9 @@ impl Shared {
         let only_more =
             current.publisher.publishes_as(&setup.publisher) && current.members.iter().all(stays);
         *current = Arc::new(setup);
+        if let Some(kept) = &self.kept {
+            kept::sign(&*kept.backend, &current);
+        }
         if only_more {
             self.cache.clear_absent();
         } else {
@@ -268,6 +276,22 @@ impl Shared {
             && entry.remove_holder(id)
         {
             self.cache.remove(hash);
+        }
+        self.deny(&self.setup(), hash, nar_hash, &[id]);
+    }
+
+    /// Lets no record on disk say any more that these upstreams have this NAR of a path.
+    pub(super) fn deny(
+        &self,
+        setup: &Setup,
+        hash: StorePathHash,
+        nar_hash: NarHash,
+        denied: &[UpstreamId],
+    ) {
+        let members = denied.iter().filter_map(|id| setup.member(*id));
+        let names: Vec<_> = members.map(|member| member.upstream.name()).collect();
+        if let (Some(kept), false) = (&self.kept, names.is_empty()) {
+            kept.backend.deny(hash, nar_hash, &names);
         }
     }
 

@@ -1,10 +1,12 @@
-//! Where the bytes of one NAR can be had: the known holders, then whoever else says to have it.
+//! Where the bytes of one NAR can be had: the known holders, then whoever else says to have it, and at
+//! the very last known holders that are sick although they are connected.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
 use futures_util::StreamExt as _;
-use tokio::time::sleep;
+use futures_util::stream::FuturesUnordered;
+use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 
 use crate::cache::memory::{Entry, UpstreamId};
@@ -31,6 +33,8 @@ pub(super) struct Source {
     set_aside: Vec<Arc<Member>>,
     /// How many of those were tried again.
     tried_again: usize,
+    /// Holders that are connected but sick: one slow answer is better than a build.
+    doubtful: Vec<Arc<Member>>,
     /// All others, once they are asked who has this NAR.
     others: Option<Answers>,
 }
@@ -75,6 +79,7 @@ impl Source {
             tried: Vec::new(),
             set_aside: Vec::new(),
             tried_again: 0,
+            doubtful: Vec::new(),
             others,
         })
     }
@@ -96,10 +101,14 @@ impl Source {
             self.find_another().await;
             let member = match self.waiting.pop_front() {
                 Some(member) => member,
-                None => self.next_set_aside()?,
+                None => match self.next_set_aside() {
+                    Some(member) => member,
+                    None => return self.next_doubtful().await,
+                },
             };
             self.tried.push(member.id);
             if !self.may_give(&member) {
+                self.doubt(&member);
                 continue;
             }
             let (shared, info) = (Arc::clone(&self.shared), Arc::clone(&self.info));
@@ -115,15 +124,60 @@ impl Source {
             };
             match member.note(opened) {
                 Ok(Some(stream)) => return Some((member, stream)),
-                Ok(None) => {
-                    let upstream = member.upstream.name();
-                    debug!(upstream, path = %info.path, "the path is gone");
-                    let hash = info.path.hash();
-                    self.shared.forget_holder(hash, info.nar_hash, member.id);
+                Ok(None) => self.is_gone(&member),
+                Err(error) => {
+                    self.broke(&member, 0, &error);
+                    self.doubt(&member);
                 }
+            }
+        }
+    }
+
+    /// Opens the NAR at whichever sick holder is the first to give it, all at once, as long as the last
+    /// one is waited for.
+    async fn next_doubtful(&mut self) -> Option<(Arc<Member>, NarStream)> {
+        let patience = self.shared.options.transfer.stall_last;
+        let open = |member: &Arc<Member>| {
+            let (shared, info) = (Arc::clone(&self.shared), Arc::clone(&self.info));
+            let member = Arc::clone(member);
+            async move {
+                let opened = tokio::select! {
+                    opened = timeout(patience, member.nar(&info)) => opened,
+                    never = shared.berths.make_room(member.id) => match never {},
+                };
+                let late = upstream::Error::TimedOut {
+                    question: "NAR",
+                    after: patience,
+                };
+                (member, opened.unwrap_or(Err(late)))
+            }
+        };
+        let mut opening: FuturesUnordered<_> = self.doubtful.iter().map(open).collect();
+        while let Some((member, opened)) = opening.next().await {
+            // Those that have not answered yet may go on where this one breaks.
+            self.doubtful.retain(|doubtful| doubtful.id != member.id);
+            match member.note(opened) {
+                Ok(Some(stream)) => return Some((member, stream)),
+                Ok(None) => self.is_gone(&member),
                 Err(error) => self.broke(&member, 0, &error),
             }
         }
+        None
+    }
+
+    /// Leaves a holder that is sick but connected for the very last; once for each transfer.
+    fn doubt(&mut self, member: &Arc<Member>) {
+        let known = |doubtful: &Arc<Member>| doubtful.id == member.id;
+        if member.is_doubtful() && !self.is_corrupt(member) && !self.doubtful.iter().any(known) {
+            self.doubtful.push(Arc::clone(member));
+        }
+    }
+
+    fn is_gone(&self, member: &Member) {
+        let (upstream, info) = (member.upstream.name(), &self.info);
+        debug!(upstream, path = %info.path, "the path is gone");
+        let hash = info.path.hash();
+        self.shared.forget_holder(hash, info.nar_hash, member.id);
     }
 
     /// Resolves after a stall, as soon as somebody else may give the NAR; never if nobody may.
@@ -158,8 +212,12 @@ impl Source {
     /// Waits until a holder waits or no other upstream has the NAR; asks them when needed.
     async fn find_another(&mut self) {
         loop {
-            while self.waiting.front().is_some_and(|m| !self.may_give(m)) {
-                self.waiting.pop_front();
+            while let Some(member) = self.waiting.pop_front() {
+                if self.may_give(&member) {
+                    self.waiting.push_front(member);
+                    break;
+                }
+                self.doubt(&member);
             }
             if !self.waiting.is_empty() {
                 return;
@@ -183,7 +241,12 @@ impl Source {
     }
 
     fn may_give(&self, member: &Member) -> bool {
-        !member.is_sick() && !self.shared.is_distrusted(self.info.path.hash(), member.id)
+        !member.is_sick() && !self.is_corrupt(member)
+    }
+
+    fn is_corrupt(&self, member: &Member) -> bool {
+        let hash = self.info.path.hash();
+        self.shared.is_distrusted(hash, member.id)
     }
 }
 

@@ -17,7 +17,6 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::StreamExt as _;
 use futures_util::stream::{BoxStream, Stream};
-use tokio::sync::OwnedSemaphorePermit;
 use tracing::warn;
 
 use crate::cache::memory::Entry;
@@ -28,6 +27,7 @@ use crate::upstream;
 use super::ahead::Ahead;
 use super::filling::{self, Begun};
 use super::kept::{KEPT, KeptNar};
+use super::lent::Lending;
 use super::nar_url::NarUrl;
 use super::query::{self, Wanted};
 use super::relay::Relay;
@@ -39,7 +39,7 @@ use super::source::Source;
 pub struct Options {
     /// NARs up to this size are read whole before the first byte. Promise 1: 4 MiB.
     pub whole_bytes_max: u64,
-    /// KiB that such NARs take together; further ones wait.
+    /// KiB that such NARs take together; further ones wait, and clients that stopped make room.
     pub whole_kib_max: u32,
     /// Silence, before or within a NAR, after which another holder is taken if there is one.
     pub stall: Duration,
@@ -61,6 +61,13 @@ pub struct Nar {
 pub enum NarBody {
     /// All of them, checked.
     Whole(Bytes),
+    /// The same, piece by piece.
+    Checked {
+        /// The pieces; an error only if the NAR made room for others and is not to be had again.
+        stream: BoxStream<'static, Result<Bytes, Error>>,
+        /// Bytes in all.
+        length: u64,
+    },
     /// A checked stream: whoever reads it to its end without an error has the right bytes.
     Stream(BoxStream<'static, Result<Bytes, Error>>),
     /// A kept file.
@@ -128,7 +135,7 @@ async fn begin(shared: &Arc<Shared>, source: Source, url: &NarUrl) -> Option<Nar
     let body = if let Some(bytes) = Ahead::claim(shared, &source.info, url.encoding).await {
         NarBody::Whole(bytes)
     } else if size_bytes <= shared.options.transfer.whole_bytes_max {
-        NarBody::Whole(whole(shared, source, url.encoding).await?)
+        whole(shared, source, url).await?
     } else if let Some(filling) = shared.fillings.running(&source.info) {
         NarBody::Stream(filling.give(shared, url, None))
     } else if source.is_kept() || (source.is_here() && url.encoding == Encoding::None) {
@@ -246,16 +253,10 @@ where
 }
 
 /// Reads, checks and encodes a small NAR once there is room for it in memory.
-async fn whole(shared: &Arc<Shared>, source: Source, encoding: Encoding) -> Option<Bytes> {
-    let kib = u32::try_from(source.info.nar_size.div_ceil(1024)).unwrap_or(u32::MAX);
-    let permits = kib.clamp(1, shared.options.transfer.whole_kib_max);
-    let room = Arc::clone(&shared.whole_nars);
-    let permit = room.acquire_many_owned(permits).await.ok()?;
-    let bytes = read_whole(shared, source, encoding).await?;
-    Some(Bytes::from_owner(Held {
-        bytes,
-        _permit: permit,
-    }))
+async fn whole(shared: &Arc<Shared>, source: Source, url: &NarUrl) -> Option<NarBody> {
+    let room = shared.lending.room(source.info.nar_size).await?;
+    let bytes = read_whole(shared, source, url.encoding).await?;
+    Some(Lending::lend(shared, url, bytes, room))
 }
 
 /// Reads, checks and encodes a small NAR, and has it kept; its memory is the caller's to bound.
@@ -278,17 +279,5 @@ pub(super) async fn read_whole(
             warn!(path = %source.info.path, %error, "cannot be compressed");
             None
         }
-    }
-}
-
-/// A small NAR, perhaps encoded, and its share of the memory for such.
-struct Held {
-    bytes: Bytes,
-    _permit: OwnedSemaphorePermit,
-}
-
-impl AsRef<[u8]> for Held {
-    fn as_ref(&self) -> &[u8] {
-        &self.bytes
     }
 }

@@ -16,7 +16,9 @@ use super::super::backend::{Error, NarFile, Record};
 use super::folder::{self, Temp};
 use super::index::Index;
 use super::queue::Commit;
+use super::resign;
 use super::shared::Shared;
+use super::text;
 
 type Reply = oneshot::Sender<Result<NarFile, Error>>;
 
@@ -47,6 +49,7 @@ pub fn commit(shared: &Shared, index: Option<&Index>, commits: Vec<Commit>) {
                 continue;
             }
         }
+        sign_anew(shared, &mut commit);
         let narinfo = shared.folder.create_temp("narinfo");
         let narinfo = narinfo.and_then(|(temp, mut file)| {
             file.write_all(commit.narinfo.as_bytes())?;
@@ -70,6 +73,15 @@ pub fn commit(shared: &Shared, index: Option<&Index>, commits: Vec<Commit>) {
     }
     let named = rename(shared, written);
     list(shared, index, named, joined);
+}
+
+/// Has a fill that began before the keys changed carry the signatures of today.
+fn sign_anew(shared: &Shared, commit: &mut Commit) {
+    let changed = shared.signing().filter(|signing| signing.generation > 1);
+    if let Some(made) = changed.and_then(|signing| (signing.sign)(&commit.record)) {
+        let signed = resign::signed(&commit.record, made);
+        commit.narinfo = text::of_record(&signed, &shared.options.store_dir);
+    }
 }
 
 enum Earlier {

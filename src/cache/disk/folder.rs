@@ -8,6 +8,7 @@
 //! nar/<hash>-<NAR hash>-<file hash>.nar.zst
 //! .muster/lock                       held by the process that may write
 //! .muster/index.redb                 may be deleted while nobody holds the lock
+//! .muster/signed-by                  the public keys that all narinfos carry signatures of
 //! .muster/tmp/                       what is not complete; emptied at start
 //! ```
 //!
@@ -24,6 +25,7 @@ use rustix::fs::{FlockOperation, Mode, OFlags};
 
 use super::super::nar_name::NarName;
 use crate::nix::cache_info::CacheInfo;
+use crate::nix::signature::PublicKey;
 use crate::nix::store_path::StorePathHash;
 
 /// The places in one folder.
@@ -118,6 +120,10 @@ impl Folder {
             (self.nars(), 0o755),
             (self.own(), 0o700),
             (self.temp(), 0o700),
+            // Nix makes these in a cache of files before it reads, which fails for who may only read.
+            (self.root.join("realisations"), 0o755),
+            (self.root.join("build-trace-v2"), 0o755),
+            (self.root.join("log"), 0o755),
         ] {
             let made = DirBuilder::new().recursive(true).mode(mode).create(&path);
             made.map_err(|source| FolderError::Io { path, source })?;
@@ -223,6 +229,27 @@ impl Folder {
         Ok(found.f_bavail.saturating_mul(found.f_frsize))
     }
 
+    /// Tells whether all narinfos are known to carry signatures by just these keys.
+    pub fn is_signed_by(&self, keys: &[PublicKey]) -> bool {
+        fs::read(self.signed_by()).is_ok_and(|found| found == lines(keys).as_bytes())
+    }
+
+    /// Notes by which keys all narinfos are signed; `None`: that is not so at present.
+    pub fn note_signed_by(&self, keys: Option<&[PublicKey]>) -> io::Result<()> {
+        let path = self.signed_by();
+        let Some(keys) = keys else {
+            return remove(&path);
+        };
+        let (temp, mut file) = self.create_temp("keys")?;
+        file.write_all(lines(keys).as_bytes())?;
+        file.sync_data()?;
+        temp.rename(&path)
+    }
+
+    fn signed_by(&self) -> PathBuf {
+        self.own().join("signed-by")
+    }
+
     /// Opens a NAR for reading, with its size in bytes; what is no plain file is `InvalidData`.
     pub fn open_nar(&self, name: &NarName) -> io::Result<(File, u64)> {
         // A foreign pipe of this name must not be waited for, a link not followed.
@@ -297,6 +324,13 @@ impl Drop for Temp {
             _ = fs::remove_file(path);
         }
     }
+}
+
+/// One key a line, in an order that does not depend on the configuration's.
+fn lines(keys: &[PublicKey]) -> String {
+    let mut lines: Vec<_> = keys.iter().map(|key| format!("{key}\n")).collect();
+    lines.sort_unstable();
+    lines.concat()
 }
 
 /// Takes the lock, with patience for somebody who only looks whether it is taken.

@@ -7,6 +7,7 @@
 //! commit    group commit                    removal   eviction and removal
 //! reconcile the background pass at start    shared    state, and whether all is well
 //! upkeep    what `muster cache` does        verify    whether one NAR is right
+//! resign    narinfos after a change of keys  signing  its background pass
 //! ```
 //!
 //! Opening never fails and never scans: a folder that cannot be used is a degraded cache, which is
@@ -19,7 +20,9 @@ mod place;
 mod queue;
 mod reconcile;
 pub mod removal;
+pub mod resign;
 mod shared;
+mod signing;
 pub mod text;
 pub mod upkeep;
 pub mod verify;
@@ -35,14 +38,15 @@ use async_trait::async_trait;
 use tokio::sync::oneshot;
 use tracing::warn;
 
-use super::backend::{Backend, Error, OpenNar, Record, Stats};
+use super::backend::{Backend, Error, OpenNar, Record, Sign, Stats};
 use super::fill::Fill;
 use super::nar_name::NarName;
+use crate::nix::hash::NarHash;
 use crate::nix::signature::PublicKey;
 use crate::nix::store_path::{StoreDir, StorePathHash};
 use folder::Folder;
 use place::OnDisk;
-use queue::Task;
+use queue::{Denial, Task};
 use shared::Shared;
 use writer::Writer;
 
@@ -91,7 +95,7 @@ impl Options {
             queue_max: 8192,
             retry_after: Duration::from_secs(30),
             free_bytes_min: 64 << 20,
-            index_cache_bytes: 64 << 20,
+            index_cache_bytes: 8 << 20,
         }
     }
 }
@@ -148,6 +152,33 @@ impl Backend for DiskCache {
         if self.shared.index().is_some() {
             self.shared.queue.push(Task::Remember(Box::new(record)));
         }
+    }
+
+    fn deny(&self, hash: StorePathHash, nar_hash: NarHash, upstreams: &[&str]) {
+        let shared = &self.shared;
+        if shared.index().is_none() {
+            return;
+        }
+        // Most denials are of what was never said.
+        let known = shared.known(hash);
+        let said = known.is_some_and(|mut record| record.deny(nar_hash, upstreams));
+        if !said && !shared.queue.has_look_ups() {
+            return;
+        }
+        let denial = Denial {
+            hash,
+            nar_hash,
+            upstreams: upstreams.iter().map(|u| (*u).to_owned()).collect(),
+        };
+        shared.deny(denial.clone());
+        if !shared.queue.push(Task::Deny(denial.clone())) {
+            shared.denied(&denial);
+        }
+    }
+
+    fn sign_with(&self, keys: Vec<PublicKey>, sign: Arc<Sign<'static>>) {
+        self.shared.sign_with(keys, sign);
+        signing::start(&self.shared);
     }
 
     fn forget(&self, hash: StorePathHash) {

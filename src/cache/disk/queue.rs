@@ -10,7 +10,9 @@ use tokio::sync::oneshot;
 use super::super::backend::{Error, NarFile, Record};
 use super::super::nar_name::NarName;
 use super::folder::Temp;
+use super::resign::Tally;
 use super::shared::Reservation;
+use crate::nix::hash::NarHash;
 use crate::nix::store_path::StorePathHash;
 
 /// Something to do for the writer, the only one that changes the folder and the index.
@@ -19,8 +21,15 @@ pub enum Task {
     Commit(Box<Commit>),
     /// Keep a look-up.
     Remember(Box<Record>),
+    /// Forget that upstreams have a NAR.
+    Deny(Denial),
     /// Remove a path.
     Forget(StorePathHash),
+    /// Write narinfos anew that carry other signatures than they should, then answer.
+    SignAnew(
+        Vec<StorePathHash>,
+        std::sync::mpsc::SyncSender<std::io::Result<Tally>>,
+    ),
     /// Remove an entry that was found wrong.
     Corrupt(NarName, String),
     /// Take a narinfo of the folder into the index, if it checks.
@@ -31,6 +40,17 @@ pub enum Task {
     Gone(StorePathHash),
     /// Write everything that waits, then answer.
     Flush(oneshot::Sender<()>),
+}
+
+/// What upstreams said that they do not have.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Denial {
+    /// Of which path.
+    pub hash: StorePathHash,
+    /// Which of its NARs.
+    pub nar_hash: NarHash,
+    /// Their names.
+    pub upstreams: Vec<String>,
 }
 
 /// A whole NAR that is to become an entry.
@@ -104,6 +124,11 @@ impl Queue {
         true
     }
 
+    /// Tells whether look-ups wait, which the index does not know yet.
+    pub fn has_look_ups(&self) -> bool {
+        self.lock().droppable > 0
+    }
+
     /// Adds a task of the background pass once there is room; `false` when the writer stops.
     pub fn push_patiently(&self, task: Task) -> bool {
         let mut waiting = self.lock();
@@ -121,6 +146,11 @@ impl Queue {
         if waiting.touches.len() < self.droppable_max || waiting.touches.contains_key(&hash) {
             waiting.touches.insert(hash, used);
         }
+    }
+
+    /// Takes the uses that were noted since the last batch.
+    pub fn take_touches(&self) -> HashMap<StorePathHash, u64> {
+        std::mem::take(&mut self.lock().touches)
     }
 
     /// Has the writer look for room or at a degraded folder now.

@@ -7,13 +7,14 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use tracing::{info, warn};
 
-use super::super::backend::{Error, Record, Stats};
+use super::super::backend::{Error, Record, Sign, Stats};
 use super::Options;
 use super::folder::Folder;
 use super::index::{Index, IndexError, Totals};
-use super::queue::Queue;
+use super::queue::{Denial, Queue};
 use super::text::{self, TextError};
 use crate::nix::cache_info::CacheInfo;
+use crate::nix::signature::PublicKey;
 use crate::nix::store_path::StorePathHash;
 
 /// The state of one cache on disk.
@@ -35,6 +36,10 @@ pub struct Shared {
     degraded: Mutex<Option<Degraded>>,
     /// As of the last write of the index.
     totals: Mutex<Totals>,
+    /// Denials that wait for the writer; what they say holds already. No other lock is taken under it.
+    denied: Mutex<Vec<Denial>>,
+    /// Who signs now. Held for the moment of cloning alone.
+    signing: RwLock<Option<Arc<Signing>>>,
     reserved: AtomicU64,
     clock: AtomicU64,
     /// Counts since the start.
@@ -50,6 +55,16 @@ pub struct Counts {
     pub evictions: AtomicU64,
     /// Entries that were found wrong.
     pub corrupt: AtomicU64,
+}
+
+/// Who signs what others may read of the folder.
+pub struct Signing {
+    /// Counts from 1; a later one ends the passes of the earlier.
+    pub generation: u64,
+    /// By these, narinfos of the folder are known again.
+    pub keys: Vec<PublicKey>,
+    /// Makes the signatures.
+    pub sign: Arc<Sign<'static>>,
 }
 
 struct Degraded {
@@ -75,6 +90,8 @@ impl Shared {
             reconciled: AtomicBool::new(false),
             degraded: Mutex::default(),
             totals: Mutex::default(),
+            denied: Mutex::default(),
+            signing: RwLock::new(None),
             reserved: AtomicU64::new(0),
             clock: AtomicU64::new(0),
             counts: Counts::default(),
@@ -112,6 +129,30 @@ impl Shared {
 
     /// Returns what is known of a path: by the index, or by its narinfo while that is not all in.
     pub fn known(&self, hash: StorePathHash) -> Option<Record> {
+        let mut record = self.listed(hash)?;
+        let denied = lock(&self.denied);
+        let of_it = denied.iter().filter(|denial| denial.hash == hash);
+        let mut changed = false;
+        for denial in of_it {
+            changed |= record.deny(denial.nar_hash, &denial.upstreams);
+        }
+        (!changed || !record.grounds.is_empty()).then_some(record)
+    }
+
+    /// Has a denial hold from now on; the writer is yet to be told.
+    pub fn deny(&self, denial: Denial) {
+        lock(&self.denied).push(denial);
+    }
+
+    /// Notes that the writer is done with a denial.
+    pub fn denied(&self, denial: &Denial) {
+        let mut denied = lock(&self.denied);
+        if let Some(place) = denied.iter().position(|d| d == denial) {
+            denied.swap_remove(place);
+        }
+    }
+
+    fn listed(&self, hash: StorePathHash) -> Option<Record> {
         if !self.readable.load(Ordering::Acquire) {
             return None;
         }
@@ -134,7 +175,9 @@ impl Shared {
 
     /// Checks a narinfo of the folder: whose it is, and that its NAR has the promised size.
     pub fn check(&self, hash: StorePathHash, text: &str) -> Result<Record, TextError> {
-        let record = text::read_file(text, &self.options.keys, &self.options.store_dir)?;
+        let signing = self.signing();
+        let keys = signing.as_ref().map_or(&self.options.keys, |s| &s.keys);
+        let record = text::read_file(text, keys, &self.options.store_dir)?;
         let malformed = |cause: &str| TextError::Malformed(cause.to_owned());
         if record.info.path.hash() != hash {
             return Err(malformed("it is of another path"));
@@ -148,6 +191,23 @@ impl Shared {
             ))),
             Err(error) => Err(malformed(&format!("its nar: {error}"))),
         }
+    }
+
+    /// Returns who signs now; `None`: as when the cache was opened.
+    pub fn signing(&self) -> Option<Arc<Signing>> {
+        let signing = self.signing.read();
+        signing.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Lets others sign from now on.
+    pub fn sign_with(&self, keys: Vec<PublicKey>, sign: Arc<Sign<'static>>) {
+        let mut signing = self.signing.write().unwrap_or_else(PoisonError::into_inner);
+        let generation = signing.as_ref().map_or(0, |s| s.generation) + 1;
+        *signing = Some(Arc::new(Signing {
+            generation,
+            keys,
+            sign,
+        }));
     }
 
     /// Gives the index up until it can be opened anew, and says why.
@@ -186,12 +246,14 @@ impl Shared {
             .is_some_and(|degraded| now >= degraded.retry_at)
     }
 
-    /// Notes that the folder can be written again.
-    pub fn recover(&self) {
-        if lock(&self.degraded).take().is_some() {
+    /// Notes that the folder can be written again; tells whether it could not before.
+    pub fn recover(&self) -> bool {
+        let recovered = lock(&self.degraded).take().is_some();
+        if recovered {
             let dir = self.folder.root().display();
             info!(%dir, "the cache can be written again");
         }
+        recovered
     }
 
     /// Notes an error of the file system; one that concerns all entries degrades the cache.
@@ -219,7 +281,8 @@ impl Shared {
 
     /// Returns by how many bytes entries and running fills are over the bound.
     pub fn bytes_over(&self) -> u64 {
-        let bytes = lock(&self.totals).bytes + self.reserved.load(Ordering::Relaxed);
+        // Who sees a reservation sees the uses that were noted before it, too.
+        let bytes = lock(&self.totals).bytes + self.reserved.load(Ordering::Acquire);
         bytes.saturating_sub(self.options.bytes_max)
     }
 
@@ -267,7 +330,7 @@ impl Reservation {
         let max = self.shared.options.bytes_max;
         let add = |reserved: u64| reserved.checked_add(more).filter(|sum| *sum <= max);
         let reserved = &self.shared.reserved;
-        let added = reserved.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add);
+        let added = reserved.fetch_update(Ordering::AcqRel, Ordering::Relaxed, add);
         if added.is_ok() {
             self.bytes += more;
             if self.shared.bytes_over() > 0 {

@@ -18,11 +18,11 @@ use crate::nix::store_path::{StoreDir, StorePathHash};
 
 /// A folder that is looked after.
 pub struct Upkeep {
-    folder: Folder,
-    store_dir: StoreDir,
+    pub(super) folder: Folder,
+    pub(super) store_dir: StoreDir,
     /// There where something may be removed.
     _lock: Option<Lock>,
-    index: Option<Index>,
+    pub(super) index: Option<Index>,
 }
 
 /// What is in a folder.

@@ -4,6 +4,7 @@
 //! makes room, and tries a degraded folder again after a pause.
 
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -15,11 +16,15 @@ use super::super::backend::Record;
 use super::super::nar_name::NarName;
 use super::folder::{self, FolderError, Lock};
 use super::index::{Index, IndexError};
-use super::queue::{Batch, Commit, Task};
+use super::queue::{Batch, Commit, Denial, Task};
+use super::resign::{self, Tally};
 use super::shared::Shared;
-use super::text::TextError;
 use super::{commit, removal};
 use crate::nix::store_path::StorePathHash;
+
+mod found;
+#[cfg(test)]
+mod tests;
 
 /// What the writer alone has.
 pub struct Writer {
@@ -104,6 +109,11 @@ impl Writer {
 
     fn one(&self, task: Task) {
         match task {
+            Task::Deny(denial) => self.deny(&denial),
+            Task::SignAnew(hashes, reply) => {
+                // The pass may have ended meanwhile.
+                _ = reply.send(self.sign_anew(&hashes));
+            }
             Task::Forget(hash) => self.remove(hash),
             Task::Corrupt(name, cause) => self.corrupt(&name, &cause),
             Task::TakeIn(hash) => self.take_in(hash),
@@ -164,7 +174,8 @@ impl Writer {
     /// Removes the least recently used entries until all fits, at most some hundred at one go.
     fn make_room(&mut self) {
         while self.shared.bytes_over() > 0 {
-            // What was just used must not go first.
+            // What was just used must not go first, even if that came after this batch.
+            self.touches.extend(self.shared.queue.take_touches());
             self.write_touches();
             let Some(index) = self.shared.index() else {
                 return;
@@ -196,6 +207,43 @@ impl Writer {
         }
     }
 
+    fn deny(&self, denial: &Denial) {
+        if let Some(index) = self.shared.index() {
+            self.change(&index, |changes| {
+                let Some(mut record) = changes.get(denial.hash)? else {
+                    return Ok(());
+                };
+                if !record.deny(denial.nar_hash, &denial.upstreams) {
+                    return Ok(());
+                }
+                if record.grounds.is_empty() {
+                    return changes.remove(denial.hash);
+                }
+                let used = changes.last_use(denial.hash)?;
+                changes.put(&record, used.unwrap_or_else(|| self.shared.tick()))
+            });
+        }
+        self.shared.denied(denial);
+    }
+
+    fn sign_anew(&self, hashes: &[StorePathHash]) -> io::Result<Tally> {
+        let mut tally = Tally::default();
+        if self.lock.is_none() || self.shared.degraded().is_some() {
+            return Err(io::ErrorKind::Interrupted.into());
+        }
+        let Some(signing) = self.shared.signing() else {
+            return Ok(tally);
+        };
+        let known = hashes.iter().filter_map(|hash| self.shared.known(*hash));
+        let records: Vec<_> = known.filter(|record| record.file.is_some()).collect();
+        let (folder, store_dir) = (&self.shared.folder, &self.shared.options.store_dir);
+        let done = resign::batch(folder, store_dir, &*signing.sign, &records, &mut tally);
+        if let Err(error) = &done {
+            self.shared.note_failure("signing narinfos anew", error);
+        }
+        done.map(|()| tally)
+    }
+
     fn corrupt(&self, name: &NarName, cause: &str) {
         let known = self.shared.known(name.path_hash);
         if known.and_then(|record| record.name()) != Some(*name) {
@@ -210,77 +258,6 @@ impl Writer {
         }
         self.unlist(name.path_hash);
         removal::remove_files(&self.shared.folder, &[*name]);
-    }
-
-    fn take_in(&self, hash: StorePathHash) {
-        let Some(index) = self.shared.index() else {
-            return;
-        };
-        if index
-            .get(hash)
-            .is_ok_and(|known| known.is_some_and(|record| record.file.is_some()))
-        {
-            return;
-        }
-        let path = self.shared.folder.narinfo(hash);
-        let text = match self.shared.folder.read_narinfo(hash) {
-            Ok(Some(text)) => text,
-            Ok(None) => return,
-            Err(error) => {
-                debug!(file = %path.display(), %error, "a foreign file is left alone");
-                return;
-            }
-        };
-        match self.shared.check(hash, &text) {
-            Ok(record) => {
-                let used = self.modified(&record);
-                self.change(&index, |changes| changes.put(&record, used));
-            }
-            Err(TextError::Foreign(url)) => {
-                debug!(file = %path.display(), url, "a foreign narinfo is left alone");
-            }
-            Err(error) => {
-                warn!(file = %path.display(), %error, "a narinfo in the cache is removed");
-                _ = folder::remove(&path);
-            }
-        }
-    }
-
-    /// The time at which an entry of the folder was made stands for its last use.
-    fn modified(&self, record: &Record) -> u64 {
-        let name = record.name();
-        let found = name.and_then(|name| self.shared.folder.nar(&name).metadata().ok());
-        let modified = found.and_then(|found| found.modified().ok());
-        let since = modified.and_then(|at| at.duration_since(std::time::UNIX_EPOCH).ok());
-        let micros = since.and_then(|since| u64::try_from(since.as_micros()).ok());
-        micros.unwrap_or_default()
-    }
-
-    fn orphan(&self, name: &NarName) {
-        let listed = match self.shared.index().map(|index| index.get(name.path_hash)) {
-            Some(Ok(record)) => record.and_then(|record| record.name()) == Some(*name),
-            _ => return,
-        };
-        if !listed && !removal::narinfo_names(&self.shared.folder, name) {
-            let file = self.shared.folder.nar(name);
-            debug!(file = %file.display(), "a nar without narinfo is removed");
-            _ = folder::remove(&file);
-        }
-    }
-
-    fn gone(&self, hash: StorePathHash) {
-        let Some(Ok(Some(record))) = self.shared.index().map(|index| index.get(hash)) else {
-            return;
-        };
-        let Some((name, file)) = record.name().zip(record.file) else {
-            return;
-        };
-        let cause = match self.shared.folder.open_nar(&name) {
-            Ok((_, size)) if size == file.size_bytes => return,
-            Ok((_, size)) => format!("it has {size} of {} bytes", file.size_bytes),
-            Err(error) => error.to_string(),
-        };
-        self.corrupt(&name, &cause);
     }
 
     fn unlist(&self, hash: StorePathHash) {
@@ -357,7 +334,10 @@ impl Writer {
                 }
             }
         }
-        self.shared.recover();
+        if self.shared.recover() {
+            // What could not be written is yet to be.
+            super::signing::start(&self.shared);
+        }
     }
 
     fn open_folder(&mut self) -> Result<(), FolderError> {
