@@ -251,8 +251,8 @@ impl Source {
     }
 
     fn is_corrupt(&self, member: &Member) -> bool {
-        let path = self.info.path.hash();
-        self.shared.is_distrusted(path, member.id)
+        let hash = self.info.path.hash();
+        self.shared.is_distrusted(hash, member.id)
     }
 }
 
