@@ -8,6 +8,7 @@
 use std::convert::Infallible;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -44,6 +45,8 @@ pub struct HttpClient {
     cache: CacheUrl,
     access: Access,
     options: HttpOptions,
+    /// Whether the cache is a muster that answers for its own store alone, if told to.
+    own_store: AtomicBool,
 }
 
 /// What a cache lets us do, and where it may send us.
@@ -91,6 +94,8 @@ pub struct Peer {
     pub server: Option<String>,
     /// Whether many questions share one connection.
     pub multiplexed: bool,
+    /// Whether it is a muster that offers to answer for its own store alone.
+    pub own_store: bool,
 }
 
 impl HttpClient {
@@ -108,7 +113,15 @@ impl HttpClient {
             cache,
             access,
             options,
+            own_store: AtomicBool::new(false),
         }
+    }
+
+    /// Has the cache asked for its own store alone from now on, or for all that it has.
+    ///
+    /// To be called with what its `nix-cache-info` came with.
+    pub fn note_offers(&self, peer: &Peer) {
+        self.own_store.store(peer.own_store, Ordering::Relaxed);
     }
 
     /// Returns the cache's address.
@@ -216,6 +229,9 @@ impl HttpClient {
         if let Some(range) = range {
             headers.insert(hyper::header::RANGE, range);
         }
+        if self.own_store.load(Ordering::Relaxed) && self.cache.is_home_of(uri) {
+            headers.insert(SCOPE, HeaderValue::from_static(OWN_STORE));
+        }
         if let Some(credentials) = &self.access.credentials
             && self.cache.is_home_of(uri)
         {
@@ -238,6 +254,8 @@ impl Got {
         Peer {
             server: server.map(|text| text.chars().filter(printable).take(60).collect()),
             multiplexed: self.version == Version::HTTP_2,
+            own_store: text_of(&self.headers, &OFFERS)
+                .is_some_and(|offers| offers.split(',').any(|offer| offer.trim() == OWN_STORE)),
         }
     }
 
@@ -513,6 +531,11 @@ fn chain(error: &dyn std::error::Error) -> String {
 }
 
 const AGENT: &str = concat!("muster/", env!("CARGO_PKG_VERSION"));
+
+/// What a muster says that it can do, and what one asks of it; see the server's `scope`.
+const OFFERS: HeaderName = HeaderName::from_static("muster-offers");
+const SCOPE: HeaderName = HeaderName::from_static("muster-scope");
+const OWN_STORE: &str = "own-store";
 
 /// What browsers and curl allow.
 const REDIRECTS_MAX: usize = 5;
