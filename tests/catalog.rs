@@ -29,7 +29,8 @@ use muster::substituter::publish::Publisher;
 use muster::upstream::binary_cache::{BinaryCache, BinaryCacheOptions};
 use muster::upstream::cache_http::CacheHttp;
 use muster::upstream::catalog_feed::{FedCatalog, FeedOptions, FeedSource, FeedStream};
-use muster::upstream::http_client::{Access, HttpClient, HttpOptions, tls};
+use muster::upstream::http_client::{Access, HttpClient, HttpOptions};
+use muster::upstream::http_tls::tls;
 use muster::upstream::http_url::CacheUrl;
 use muster::upstream::local::{LocalOptions, LocalUpstream};
 use muster::upstream::{Error, Upstream};
@@ -53,13 +54,14 @@ async fn muster(builder: &Builder, copies: u16) -> Muster {
     for number in 0..copies {
         let local = builder.in_place(Path::new(NOWHERE), LocalOptions::default());
         up(&local).await;
-        members.push(Arc::new(Member::new(
+        let member = Member::new(
             UpstreamId(number),
             Arc::new(local),
             Trust::Operator,
             health::Options::default(),
             Instant::now(),
-        )));
+        );
+        members.push(Arc::new(member.of_own_store(number == 0)));
     }
     let setup = muster::substituter::Setup {
         members,
@@ -228,9 +230,19 @@ async fn a_store_in_doubt_says_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_muster_does_not_have_is_known_without_a_question() {
+    known_without_a_question(1).await;
+}
+
+/// Another muster asks for the own store alone, so its catalog is all there is to know.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_muster_over_several_stores_tells_another_what_its_own_store_has() {
+    known_without_a_question(2).await;
+}
+
+async fn known_without_a_question(stores: u16) {
     let builder = Builder::new();
     let path = builder.add("file", b"file");
-    let serving = muster(&builder, 1).await;
+    let serving = muster(&builder, stores).await;
     let asked = || serving.substituter.counters().narinfo_requests.value();
     let with = asking(
         serving.address,

@@ -15,8 +15,9 @@ use crate::upstream::cache_files::CacheFiles;
 use crate::upstream::cache_folder::CacheFolder;
 use crate::upstream::cache_http::CacheHttp;
 use crate::upstream::catalog_feed::FeedOptions;
-use crate::upstream::http_client::{Access, Got, HttpClient, HttpOptions, tls};
+use crate::upstream::http_client::{Access, Got, HttpClient, HttpOptions};
 use crate::upstream::http_credentials::Credentials;
+use crate::upstream::http_tls::tls;
 use crate::upstream::http_url::CacheUrl;
 
 /// What all binary caches share.

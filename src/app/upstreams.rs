@@ -98,7 +98,8 @@ impl Upstreams {
             health::Options::default(),
             // One that a reload brings gets the patience of a start, too.
             Instant::now(),
-        ))
+        )
+        .of_own_store(is_own_store(upstream)))
     }
 }
 
@@ -237,6 +238,14 @@ fn run(
     };
     let local = LocalUpstream::start(place, setup, options);
     Ok(Arc::new(local.context("cannot start a thread")?))
+}
+
+/// Tells whether an upstream is a store of this very machine.
+fn is_own_store(upstream: &config::Upstream) -> bool {
+    matches!(
+        upstream.uri.kind(),
+        StoreKind::Daemon | StoreKind::Local(_) | StoreKind::Unix(_)
+    )
 }
 
 /// Finds where an upstream's store lies on this machine, if that is to be read.

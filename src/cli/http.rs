@@ -15,7 +15,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::net::UnixStream;
 
 use crate::config::ListenAddress;
-use crate::upstream::http_client::tls;
+use crate::upstream::http_tls::tls;
 
 /// Where a server is.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -21,6 +21,7 @@ use super::error::Error;
 use super::range;
 use super::response::{self, Body};
 use super::route::Route;
+use super::scope::Scope;
 use super::splice::{FileBody, FileQueue};
 
 /// Answers requests.
@@ -39,6 +40,15 @@ impl Handler {
         }
     }
 
+    /// Answers for the own store alone.
+    fn of_own_store(&self) -> Self {
+        Self {
+            substituter: self.substituter.own_store(),
+            info: self.info.clone(),
+            feeds: self.feeds.clone(),
+        }
+    }
+
     /// Answers one request. Dropped when the client leaves; what it asked for is given up, unless
     /// somebody else waits for it too. `files` is the queue of its connection.
     pub(super) async fn handle(
@@ -51,42 +61,50 @@ impl Handler {
             Method::HEAD => true,
             _ => return response::error(Error::ReadOnly),
         };
+        let own_store;
+        let this = match Scope::of(request.headers()) {
+            Scope::All => self,
+            Scope::OwnStore => {
+                own_store = self.of_own_store();
+                &own_store
+            }
+        };
         let uri = request.uri();
         let answer = match Route::parse(uri.path(), uri.query()) {
-            Route::NarInfo(hash) => self.narinfo(hash).await,
-            Route::Nar(url) if only_head => self.nar_head(&url).await,
-            Route::Nar(url) => self.nar(&url, &request, files).await,
+            Route::NarInfo(hash) => this.narinfo(hash).await,
+            Route::Nar(url) if only_head => this.nar_head(&url).await,
+            Route::Nar(url) => this.nar(&url, &request, files).await,
             Route::CacheInfo => {
-                let text = self.info.borrow().cache_info.clone();
+                let text = this.info.borrow().cache_info.clone();
                 Ok(response::named(response::whole(
                     "text/x-nix-cache-info",
                     text,
                 )))
             }
             Route::Log(derivation) => {
-                let log = self.substituter.build_log(&derivation).await;
+                let log = this.substituter.build_log(&derivation).await;
                 log.map(|log| response::whole(response::TEXT, log))
                     .ok_or(Error::NotFound)
             }
             Route::Realisation(id) => {
-                let realisation = self.substituter.realisation(&id).await;
+                let realisation = this.substituter.realisation(&id).await;
                 realisation
                     .map(|r| response::whole("application/json", Bytes::from(r.render())))
                     .ok_or(Error::NotFound)
             }
             Route::BuildTrace(key) => {
-                let entry = self.substituter.build_trace(&key).await;
+                let entry = this.substituter.build_trace(&key).await;
                 entry
                     .map(|e| response::whole("application/json", Bytes::from(e.render())))
                     .ok_or(Error::NotFound)
             }
-            Route::Catalog => self.feeds.open(&self.substituter).ok_or(Error::NotFound),
+            Route::Catalog => this.feeds.open(&this.substituter).ok_or(Error::NotFound),
             Route::PublicKey => {
-                let keys = self.info.borrow().public_keys.clone();
+                let keys = this.info.borrow().public_keys.clone();
                 Ok(response::whole(response::TEXT, keys))
             }
             Route::Health => {
-                let report = Bytes::from(self.substituter.report().to_string());
+                let report = Bytes::from(this.substituter.report().to_string());
                 Ok(response::whole("application/json", report))
             }
             Route::Root => Ok(response::whole(response::TEXT, Bytes::from_static(ROOT))),

@@ -15,6 +15,7 @@ pub mod listener;
 mod range;
 pub mod response;
 pub mod route;
+pub mod scope;
 pub mod splice;
 
 use std::convert::Infallible;

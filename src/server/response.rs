@@ -13,6 +13,7 @@ use hyper::{Response, StatusCode};
 use crate::substituter::transfer;
 
 use super::error::Error;
+use super::scope::{OFFERS, OWN_STORE};
 use super::splice::FileBody;
 
 /// The body of a response.
@@ -122,6 +123,8 @@ pub fn with_range(
 pub fn named(mut response: Response<Body>) -> Response<Body> {
     let name = HeaderValue::from_static(concat!("muster/", env!("CARGO_PKG_VERSION")));
     response.headers_mut().insert(header::SERVER, name);
+    let offers = HeaderValue::from_static(OWN_STORE);
+    response.headers_mut().insert(OFFERS, offers);
     response
 }
 

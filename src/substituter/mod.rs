@@ -24,6 +24,7 @@ pub mod kept;
 mod lent;
 pub mod member;
 pub mod nar_url;
+mod own;
 mod passing;
 pub mod publish;
 mod query;
@@ -62,6 +63,10 @@ use shared::Shared;
 #[derive(Clone)]
 pub struct Substituter {
     shared: Arc<Shared>,
+    /// The same for the own store alone; `None`: this is that one.
+    own: Option<Arc<Shared>>,
+    /// In that one, the whole that it is a part of.
+    all: Option<Arc<Shared>>,
 }
 
 /// The bounds of a substituter.
@@ -99,16 +104,23 @@ impl Substituter {
     ///
     /// `backend` keeps NARs and what is known of paths beyond memory, if anything does.
     pub fn new(options: Options, setup: Setup, backend: Option<Arc<dyn Backend>>) -> Self {
-        let shared = Shared::new(options, setup, backend);
-        let shared = Arc::new(shared);
-        Self { shared }
+        let own = Shared::new(options.of_own_store(), setup.of_own_store(), None);
+        Self {
+            shared: Arc::new(Shared::new(options, setup, backend)),
+            own: Some(Arc::new(own)),
+            all: None,
+        }
     }
 
     /// Returns the finished narinfo of the path with this hash part; `None`: nobody has it.
     ///
     /// Equal questions share one flight; dropped, another asker drives it on.
     pub async fn narinfo(&self, hash: StorePathHash) -> Option<Bytes> {
-        self.shared.counters.narinfo_requests.increment();
+        self.carrier().counters.narinfo_requests.increment();
+        // An upstream that is ourselves is found out by a question that comes back, however it is asked.
+        if self.all.as_ref().is_some_and(|all| all.came_back(hash)) {
+            return None;
+        }
         let entry = query::entry(&self.shared, hash, Wanted::NarInfo).await;
         entry.map(|entry| entry.text.clone())
     }
@@ -119,17 +131,31 @@ impl Substituter {
         url: &nar_url::NarUrl,
         extent: transfer::Extent,
     ) -> Option<transfer::Nar> {
-        self.shared.counters.nar_requests.increment();
-        let nar = transfer::open(&self.shared, url, extent).await;
+        self.carrier().counters.nar_requests.increment();
+        let nar = match self.may_give(url).await {
+            true => transfer::open(self.carrier(), url, extent).await,
+            false => None,
+        };
         if nar.is_none() {
-            self.shared.counters.nar_absent.increment();
+            self.carrier().counters.nar_absent.increment();
         }
         nar
     }
 
     /// Returns what the answer to a NAR request would be, without opening it.
     pub async fn nar_head(&self, url: &nar_url::NarUrl) -> Option<transfer::Head> {
-        transfer::head(&self.shared, url).await
+        match self.may_give(url).await {
+            true => transfer::head(self.carrier(), url).await,
+            false => None,
+        }
+    }
+
+    /// Tells whether a NAR is in scope: the own store gives what it has, not what others have.
+    async fn may_give(&self, url: &nar_url::NarUrl) -> bool {
+        self.all.is_none()
+            || query::entry(&self.shared, url.path_hash, Wanted::Nar)
+                .await
+                .is_some_and(|entry| entry.nar_hash == url.nar_hash)
     }
 
     /// Returns the build log of a derivation, from the first upstream that has one.
@@ -173,6 +199,9 @@ impl Substituter {
 
     /// Takes new upstreams and keys; what the old ones answer yet is asked anew.
     pub fn replace(&self, setup: Setup) {
+        if let Some(own) = &self.own {
+            own.replace(setup.of_own_store());
+        }
         self.shared.replace(setup);
     }
 
@@ -217,6 +246,9 @@ impl Substituter {
     /// Ends all background work and waits until it is gone.
     pub async fn stop(&self) {
         self.shared.tasks.stop().await;
+        if let Some(own) = &self.own {
+            own.tasks.stop().await;
+        }
         if let Some(kept) = &self.shared.kept {
             kept.backend.stop().await;
         }

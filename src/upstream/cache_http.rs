@@ -162,6 +162,7 @@ impl CacheFiles for CacheHttp {
             let cause = "it does not appear to be a binary cache: there is no nix-cache-info, or it may not be read";
             return Err(Error::Remote(cause.into()));
         };
+        self.client.note_offers(&peer);
         if peer.multiplexed && !std::mem::replace(&mut self.rest().multiplexed, true) {
             self.questions
                 .add_permits(QUESTIONS_MULTIPLEXED_MAX - QUESTIONS_MAX);

@@ -5,15 +5,12 @@
 //! Redirects stay where [`CacheUrl::redirect`] allows, at most five; credentials are shown to the cache's own
 //! scheme, host and port alone. This file knows nothing of what the files hold.
 
-use std::convert::Infallible;
-use std::path::{Path, PathBuf};
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use futures_util::future::BoxFuture;
 use futures_util::stream::{self, BoxStream, StreamExt as _};
 use http_body::{Body, Frame};
 use hyper::body::Incoming;
@@ -22,18 +19,14 @@ use hyper::header::{
     RETRY_AFTER, SERVER, USER_AGENT,
 };
 use hyper::{Request, Response, StatusCode, Uri, Version};
-use hyper_rustls::{ConfigBuilderExt as _, HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
-use rustls::pki_types::CertificateDer;
-use rustls::pki_types::pem::PemObject as _;
-use rustls::{ClientConfig, RootCertStore};
+use rustls::ClientConfig;
 use tokio::time::timeout;
-use tower_service::Service;
 
 use super::Error;
 use super::http_credentials::Credentials;
+use super::http_drip::Drip;
+use super::http_pools::{Clients, Connector, NoBody};
 use super::http_url::CacheUrl;
 
 /// A client of one cache; its connections are closed when it is dropped.
@@ -44,6 +37,8 @@ pub struct HttpClient {
     cache: CacheUrl,
     access: Access,
     options: HttpOptions,
+    /// Whether the cache is a muster that answers for its own store alone, if told to.
+    own_store: AtomicBool,
 }
 
 /// What a cache lets us do, and where it may send us.
@@ -91,6 +86,8 @@ pub struct Peer {
     pub server: Option<String>,
     /// Whether many questions share one connection.
     pub multiplexed: bool,
+    /// Whether it is a muster that offers to answer for its own store alone.
+    pub own_store: bool,
 }
 
 impl HttpClient {
@@ -108,7 +105,15 @@ impl HttpClient {
             cache,
             access,
             options,
+            own_store: AtomicBool::new(false),
         }
+    }
+
+    /// Has the cache asked for its own store alone from now on, or for all that it has.
+    ///
+    /// To be called with what its `nix-cache-info` came with.
+    pub fn note_offers(&self, peer: &Peer) {
+        self.own_store.store(peer.own_store, Ordering::Relaxed);
     }
 
     /// Returns the cache's address.
@@ -216,6 +221,9 @@ impl HttpClient {
         if let Some(range) = range {
             headers.insert(hyper::header::RANGE, range);
         }
+        if self.own_store.load(Ordering::Relaxed) && self.cache.is_home_of(uri) {
+            headers.insert(SCOPE, HeaderValue::from_static(OWN_STORE));
+        }
         if let Some(credentials) = &self.access.credentials
             && self.cache.is_home_of(uri)
         {
@@ -238,6 +246,8 @@ impl Got {
         Peer {
             server: server.map(|text| text.chars().filter(printable).take(60).collect()),
             multiplexed: self.version == Version::HTTP_2,
+            own_store: text_of(&self.headers, &OFFERS)
+                .is_some_and(|offers| offers.split(',').any(|offer| offer.trim() == OWN_STORE)),
         }
     }
 
@@ -299,183 +309,6 @@ impl Got {
     }
 }
 
-/// Watches that a body does not come too slowly; the time in which nobody reads does not count.
-struct Drip {
-    time: Duration,
-    bytes: u64,
-    waited: Duration,
-    came: u64,
-}
-
-impl Drip {
-    fn new(options: &HttpOptions) -> Self {
-        Self {
-            time: options.drip_time,
-            bytes: options.drip_bytes,
-            waited: Duration::ZERO,
-            came: 0,
-        }
-    }
-
-    fn count(&mut self, bytes: usize, waited: Duration) -> Result<(), Error> {
-        self.waited += waited;
-        self.came += bytes as u64;
-        if self.waited < self.time {
-            return Ok(());
-        }
-        if self.came < self.bytes {
-            let question = "more than a drip of a body";
-            let after = self.time;
-            return Err(Error::TimedOut { question, after });
-        }
-        (self.waited, self.came) = (Duration::ZERO, 0);
-        Ok(())
-    }
-}
-
-/// Reads the certificates that servers are judged by.
-///
-/// A file (`NIX_SSL_CERT_FILE`, as Nix has it) is all there is; without one it is the system's, or what
-/// `SSL_CERT_FILE` and `SSL_CERT_DIR` name.
-pub fn tls(file: Option<&Path>) -> Result<Arc<ClientConfig>, TlsError> {
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let builder = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(|error| TlsError::Setup(error.to_string()))?;
-    let Some(file) = file else {
-        let builder = builder.with_native_roots().map_err(TlsError::System)?;
-        return Ok(Arc::new(builder.with_no_client_auth()));
-    };
-    let unreadable = |cause: String| TlsError::File {
-        file: file.to_owned(),
-        cause,
-    };
-    let mut roots = RootCertStore::empty();
-    for certificate in CertificateDer::pem_file_iter(file).map_err(|e| unreadable(e.to_string()))? {
-        let certificate = certificate.map_err(|e| unreadable(e.to_string()))?;
-        // One that rustls cannot use is left out, as in the system's own list.
-        _ = roots.add(certificate);
-    }
-    if roots.is_empty() {
-        return Err(unreadable("there is no certificate in it".to_owned()));
-    }
-    Ok(Arc::new(
-        builder.with_root_certificates(roots).with_no_client_auth(),
-    ))
-}
-
-/// Why no server can be judged.
-#[derive(Debug, thiserror::Error)]
-pub enum TlsError {
-    /// The library refuses.
-    #[error("cannot set up tls: {0}")]
-    Setup(String),
-    /// The system has none.
-    #[error("cannot read the system's certificates; name a file with SSL_CERT_FILE")]
-    System(#[source] std::io::Error),
-    /// The file cannot be used.
-    #[error("cannot use the certificates in {}: {cause}", .file.display())]
-    File {
-        /// The file.
-        file: PathBuf,
-        /// Why.
-        cause: String,
-    },
-}
-
-/// The pools of connections; clones share them.
-#[derive(Clone)]
-struct Clients {
-    questions: Client<Connector, NoBody>,
-    nars: Client<Connector, NoBody>,
-}
-
-impl Clients {
-    fn new(tls: &ClientConfig, options: &HttpOptions) -> Self {
-        let client = || {
-            let mut tcp = HttpConnector::new();
-            tcp.enforce_http(false);
-            tcp.set_nodelay(true);
-            tcp.set_keepalive(Some(KEEPALIVE));
-            let https = HttpsConnectorBuilder::new()
-                .with_tls_config(tls.clone())
-                .https_or_http()
-                .enable_http1()
-                .enable_http2()
-                .wrap_connector(tcp);
-            Client::builder(TokioExecutor::new())
-                .timer(TokioTimer::new())
-                .pool_timer(TokioTimer::new())
-                .pool_idle_timeout(options.idle_timeout)
-                .pool_max_idle_per_host(options.idle_max)
-                .http1_max_headers(HEADERS_MAX)
-                .http1_max_buf_size(BUFFER_BYTES)
-                .http2_initial_stream_window_size(STREAM_WINDOW_BYTES)
-                .http2_initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-                .http2_keep_alive_interval(H2_PING)
-                .http2_keep_alive_timeout(options.connect_timeout)
-                .build(Connector {
-                    https,
-                    timeout: options.connect_timeout,
-                })
-        };
-        Self {
-            questions: client(),
-            nars: client(),
-        }
-    }
-}
-
-/// TCP and TLS with one bound over both.
-#[derive(Clone)]
-struct Connector {
-    https: HttpsConnector<HttpConnector>,
-    timeout: Duration,
-}
-
-type Connected = <HttpsConnector<HttpConnector> as Service<Uri>>::Response;
-type ConnectError = Box<dyn std::error::Error + Send + Sync>;
-
-impl Service<Uri> for Connector {
-    type Response = Connected;
-    type Error = ConnectError;
-    type Future = BoxFuture<'static, Result<Connected, ConnectError>>;
-
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ConnectError>> {
-        self.https.poll_ready(cx)
-    }
-
-    fn call(&mut self, uri: Uri) -> Self::Future {
-        let connecting = self.https.call(uri);
-        let after = self.timeout;
-        Box::pin(async move {
-            match timeout(after, connecting).await {
-                Ok(connected) => connected,
-                Err(_) => Err(format!("no connection within {after:?}").into()),
-            }
-        })
-    }
-}
-
-/// The body of a GET.
-struct NoBody;
-
-impl Body for NoBody {
-    type Data = Bytes;
-    type Error = Infallible;
-
-    fn poll_frame(
-        self: Pin<&mut Self>,
-        _cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-        Poll::Ready(None)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        true
-    }
-}
-
 impl Default for HttpOptions {
     fn default() -> Self {
         Self {
@@ -514,22 +347,10 @@ fn chain(error: &dyn std::error::Error) -> String {
 
 const AGENT: &str = concat!("muster/", env!("CARGO_PKG_VERSION"));
 
+/// What a muster says that it can do, and what one asks of it; see the server's `scope`.
+const OFFERS: HeaderName = HeaderName::from_static("muster-offers");
+const SCOPE: HeaderName = HeaderName::from_static("muster-scope");
+const OWN_STORE: &str = "own-store";
+
 /// What browsers and curl allow.
 const REDIRECTS_MAX: usize = 5;
-
-/// Lines of a head; real ones have about 20.
-const HEADERS_MAX: usize = 100;
-
-/// Of a connection over HTTP/1: the longest head, and what is read of a body at one go.
-const BUFFER_BYTES: usize = 256 << 10;
-
-/// What one stream may send ahead of its reader: 40 ms at 400 Mbit/s.
-const STREAM_WINDOW_BYTES: u32 = 2 << 20;
-
-/// The same for all streams of a connection: more than all transfers together, so that slow readers do not hold
-/// the others up. The streams' own windows bound the memory.
-const CONNECTION_WINDOW_BYTES: u32 = 128 << 20;
-
-/// A dead peer is noticed within this and `connect_timeout`, though streams wait on it.
-const H2_PING: Duration = Duration::from_secs(20);
-const KEEPALIVE: Duration = Duration::from_secs(30);

@@ -1,0 +1,59 @@
+//! Which part of the upstreams a request is about.
+//!
+//! ```text
+//! GET /nix-cache-info            ->  Muster-Offers: own-store
+//! GET … Muster-Scope: own-store  ->  answered by this machine's own store alone, or not at all
+//! ```
+//!
+//! A muster sends the second to whoever answers with the first, and to nobody else. So a question goes from one
+//! muster to the next and no further, whatever they name as their upstreams. A muster without a store of its own
+//! has nothing for others. Other values mean nothing, and the request is answered as any other.
+
+use hyper::HeaderMap;
+
+/// Who is asked for an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// All upstreams.
+    All,
+    /// This machine's own store.
+    OwnStore,
+}
+
+impl Scope {
+    /// Reads it from a request.
+    pub fn of(headers: &HeaderMap) -> Self {
+        match headers.get(HEADER) {
+            Some(value) if value == OWN_STORE => Self::OwnStore,
+            _ => Self::All,
+        }
+    }
+}
+
+/// The header of a request that names its scope.
+const HEADER: &str = "muster-scope";
+
+/// The header that says what a muster can do beyond what all caches can.
+pub(super) const OFFERS: &str = "muster-offers";
+
+/// The scope, and the offer of it.
+pub(super) const OWN_STORE: &str = "own-store";
+
+#[cfg(test)]
+mod tests {
+    use hyper::header::HeaderValue;
+
+    use super::*;
+
+    #[test]
+    fn only_the_known_word_narrows_a_request() {
+        let with = |value: &'static str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(HEADER, HeaderValue::from_static(value));
+            Scope::of(&headers)
+        };
+        assert_eq!(Scope::of(&HeaderMap::new()), Scope::All);
+        assert_eq!(with("own-store"), Scope::OwnStore);
+        assert_eq!(with("everything"), Scope::All);
+    }
+}
