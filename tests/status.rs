@@ -35,9 +35,10 @@ impl Server {
         let list: Vec<_> = upstreams.iter().map(|uri| format!("{uri:?}")).collect();
         let text = format!(
             "listen = [\"127.0.0.1:{port}\", \"unix:{}\"]\nmachines = false\nlocal-daemon = false\n\
-             store-dir = {:?}\nupstreams = [{}]\n",
+             store-dir = {:?}\ncache-dir = {:?}\nupstreams = [{}]\n",
             dir.path().join("socket").display(),
             builder.store_dir.as_str(),
+            dir.path().join("cache"),
             list.join(", ")
         );
         fs::write(dir.path().join("config.toml"), text).unwrap();

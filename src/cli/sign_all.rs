@@ -1,5 +1,6 @@
 //! `muster sign-all`: signs every path that stores already have.
 
+mod cache;
 mod progress;
 mod report;
 
@@ -14,6 +15,7 @@ use crate::app::sign_all::{self, Order};
 use crate::config::raw::{RawConfig, RawUpstream};
 use crate::config::values::{FromText, List, MachinesSetting, Text};
 use crate::config::{Config, Environment, LogFormat, Look, Source};
+use crate::nix::signature::PublicKey;
 use crate::nix::store_path::StoreDir;
 use crate::nix::store_uri::{StoreKind, StoreUri};
 use crate::upstream::signing::Mode;
@@ -25,6 +27,8 @@ use progress::Display;
 /// at once, from this place: the keys do not leave it. Paths that carry a valid signature by each key are
 /// skipped, and so are those that prove themselves (content-addressed), which no Nix wants a signature
 /// of. Interrupted and started again, it goes on.
+///
+/// With --cache it is Muster's own cache on disk that is signed anew, after a change of keys.
 #[derive(clap::Args, Debug)]
 #[command(after_long_help = AFTER_LONG_HELP)]
 pub struct Args {
@@ -42,8 +46,13 @@ pub struct Args {
     /// File of a key to sign with; may be repeated, and each key signs
     ///
     /// As made by `muster key generate` or `nix key generate-secret`. Its owner alone may be able to
-    /// read it. A name without slash is looked up among systemd's credentials.
-    #[arg(long = "secret-key-file", value_name = "FILE", required = true)]
+    /// read it. A name without slash is looked up among systemd's credentials. With --cache the keys of
+    /// the configuration sign if none is named.
+    #[arg(
+        long = "secret-key-file",
+        value_name = "FILE",
+        required_unless_present = "cache"
+    )]
     pub secret_key_files: Vec<PathBuf>,
 
     /// Stores to sign at the same time
@@ -58,6 +67,29 @@ pub struct Args {
     #[arg(long, value_name = "DIR", value_parser = |dir: &str| StoreDir::new(dir))]
     pub store_dir: Option<StoreDir>,
 
+    /// Sign Muster's own cache anew, in place of stores [default DIR: as `muster serve` has it]
+    ///
+    /// Each narinfo in the folder carries signatures by these keys then, and by no others of Muster's.
+    /// What nobody vouches for whom the configuration trusts is left as it is, and counts as failed. No
+    /// server may use the folder: a running one does this by itself when its keys change.
+    #[arg(
+        long,
+        value_name = "DIR",
+        num_args = 0..=1,
+        conflicts_with_all = ["stores", "machines", "jobs", "dry_run"]
+    )]
+    pub cache: Option<Option<PathBuf>>,
+
+    /// With --cache: public key that Muster signed with, NAME:BASE64; may be repeated
+    ///
+    /// Narinfos with its signature are known for Muster's own where the index of the cache is gone.
+    #[arg(long = "former-public-key", value_name = "KEY", requires = "cache", value_parser = PublicKey::parse)]
+    pub former_public_keys: Vec<PublicKey>,
+
+    /// With --cache: configuration that says whom to trust [default: /etc/muster/muster.toml, if it is there]
+    #[arg(long, value_name = "FILE", env = "MUSTER_CONFIG")]
+    pub config: Option<PathBuf>,
+
     /// Write JSON
     #[arg(long)]
     pub json: bool,
@@ -65,6 +97,10 @@ pub struct Args {
 
 /// Signs, and prints what became of the paths; the status says whether all is well.
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    if let Some(dir) = &args.cache {
+        logging::start("warn", LogFormat::Text);
+        return cache::run(args, dir.as_ref());
+    }
     for uri in &args.stores {
         if !can_be_signed(uri.kind()) {
             let message = format!(
@@ -161,6 +197,8 @@ Examples:
       Every builder.
   muster sign-all --store ssh-ng://root@b1 --store ssh-ng://root@b2 --secret-key-file key --dry-run
       How many paths of two builders lack the signature.
+  muster sign-all --cache --secret-key-file new-key
+      Muster's own cache, while no server runs.
   nix store verify --all --no-contents --sigs-needed 1 --trusted-public-keys \"$(cat key.pub)\"
       What real Nix says of it.
 
@@ -184,6 +222,9 @@ JSON (--json), on standard output; fields may be added:
       \"failures\": [{ \"reason\": STRING, \"count\": N, \"examples\": [PATH…] }],
       \"seconds\": NUMBER or null                       without the login
     }] }
+
+  With --cache: ok, keys, paths, signed, failed, failures and seconds as above, and
+  { \"cache-dir\": DIR, \"skipped\": { \"signed-already\": N, \"foreign\": N } }
 
 Exit status:
   0  every path of every store is signed or needs no signature

@@ -24,7 +24,6 @@ use super::route::Route;
 use super::splice::{FileBody, FileQueue};
 
 /// Answers requests.
-#[derive(Clone)]
 pub(super) struct Handler {
     substituter: Substituter,
     info: watch::Receiver<Info>,
@@ -101,8 +100,9 @@ impl Handler {
         hash: crate::nix::store_path::StorePathHash,
     ) -> Result<Response<Body>, Error> {
         let text = self.substituter.narinfo(hash).await;
-        text.map(|text| response::whole("text/x-nix-narinfo", text))
-            .ok_or(Error::NotFound)
+        Ok(text.map_or_else(response::absent, |text| {
+            response::whole("text/x-nix-narinfo", text)
+        }))
     }
 
     async fn nar_head(&self, url: &NarUrl) -> Result<Response<Body>, Error> {

@@ -10,6 +10,7 @@
 mod catalog;
 pub mod error;
 mod handler;
+mod idle;
 pub mod listener;
 mod range;
 pub mod response;
@@ -17,13 +18,16 @@ pub mod route;
 pub mod splice;
 
 use std::convert::Infallible;
+use std::iter;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use tokio::sync::futures::OwnedNotified;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
@@ -33,6 +37,7 @@ use crate::substituter::Substituter;
 
 use catalog::Feeds;
 use handler::Handler;
+use idle::IdleTimer;
 use listener::{Listener, StallGuard, Stream};
 use splice::{FileQueue, Splice};
 
@@ -70,7 +75,7 @@ pub async fn serve(
     stop: watch::Receiver<bool>,
 ) {
     let feeds = Feeds::new(stop.clone());
-    let handler = Handler::new(substituter, info, feeds);
+    let handler = Arc::new(Handler::new(substituter, info, feeds));
     let places = Places {
         free: Arc::new(Semaphore::new(options.connections_max)),
         wanted: Arc::new(Notify::new()),
@@ -79,7 +84,7 @@ pub async fn serve(
     for listener in listeners {
         let accept = accept(
             listener,
-            handler.clone(),
+            Arc::clone(&handler),
             options.clone(),
             places.clone(),
             stop.clone(),
@@ -126,7 +131,7 @@ impl Places {
 /// Accepts until told to stop; returns the connections that still run.
 async fn accept(
     listener: Listener,
-    handler: Handler,
+    handler: Arc<Handler>,
     options: Options,
     places: Places,
     mut stop: watch::Receiver<bool>,
@@ -149,7 +154,7 @@ async fn accept(
             Ok(stream) => {
                 let served = connection(
                     stream,
-                    handler.clone(),
+                    Arc::clone(&handler),
                     options.clone(),
                     wanted,
                     stop.clone(),
@@ -172,7 +177,7 @@ async fn accept(
 /// or the server stops.
 async fn connection(
     stream: Stream,
-    handler: Handler,
+    handler: Arc<Handler>,
     options: Options,
     wanted: OwnedNotified,
     mut stop: watch::Receiver<bool>,
@@ -183,12 +188,12 @@ async fn connection(
     let stream = Splice::new(stream, files.clone());
     let service = service_fn(move |request| {
         asked.notify_one();
-        let (handler, files) = (handler.clone(), files.clone());
+        let (handler, files) = (Arc::clone(&handler), files.clone());
         async move { Ok::<_, Infallible>(handler.handle(request, files).await) }
     });
     let io = TokioIo::new(StallGuard::new(stream, options.write_stall));
     let connection = http1::Builder::new()
-        .timer(TokioTimer::new())
+        .timer(IdleTimer::new())
         .header_read_timeout(options.idle)
         .max_buf_size(HEAD_BYTES_MAX)
         .serve_connection(io, service);
@@ -198,10 +203,18 @@ async fn connection(
         wanted.await;
         has_asked.notified().await;
     };
+    let last = async {
+        tokio::select! {
+            () = spare => {}
+            _ = stop.wait_for(|stop| *stop) => {}
+        }
+    };
+    // In a set of its own it is looked at when it was woken, not with every request.
+    let mut last: FuturesUnordered<_> = iter::once(last).collect();
     let ended = tokio::select! {
+        biased;
         ended = connection.as_mut() => Some(ended),
-        () = spare => None,
-        _ = stop.wait_for(|stop| *stop) => None,
+        _ = last.next() => None,
     };
     let ended = match ended {
         Some(ended) => ended,

@@ -67,6 +67,13 @@ pub fn head(content_type: &'static str, length: Option<u64>) -> Response<Body> {
     response
 }
 
+/// Answers that nobody has a path. Of these there are thousands in a row, and nobody reads a phrase.
+pub fn absent() -> Response<Body> {
+    let mut response = Response::new(Body::Whole(None));
+    *response.status_mut() = StatusCode::NOT_FOUND;
+    response
+}
+
 /// Answers with an error and its phrase.
 pub fn error(error: Error) -> Response<Body> {
     let phrase = Bytes::from(format!("{error}\n"));

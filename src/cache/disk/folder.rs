@@ -120,6 +120,10 @@ impl Folder {
             (self.nars(), 0o755),
             (self.own(), 0o700),
             (self.temp(), 0o700),
+            // Nix makes these in a cache of files before it reads, which fails for who may only read.
+            (self.root.join("realisations"), 0o755),
+            (self.root.join("build-trace-v2"), 0o755),
+            (self.root.join("log"), 0o755),
         ] {
             let made = DirBuilder::new().recursive(true).mode(mode).create(&path);
             made.map_err(|source| FolderError::Io { path, source })?;
