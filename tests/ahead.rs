@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use futures_util::StreamExt as _;
 use muster::codec::compression::Encoding;
 use muster::nix::path_info::{PathInfo, Trust};
 use muster::nix::store_path::StorePath;
@@ -62,11 +61,9 @@ async fn nar(substituter: &Substituter, info: &PathInfo) -> Option<Bytes> {
     };
     match substituter.nar(&url, Extent::Whole).await?.body {
         NarBody::Whole(bytes) => Some(bytes),
-        NarBody::Checked { stream, .. } => {
-            let pieces: Vec<Bytes> = stream.map(Result::unwrap).collect().await;
-            Some(pieces.concat().into())
+        NarBody::Checked { .. } | NarBody::Stream(_) | NarBody::File(_) => {
+            panic!("a small NAR is given whole")
         }
-        NarBody::Stream(_) | NarBody::File(_) => panic!("a small NAR is given whole"),
     }
 }
 

@@ -22,14 +22,19 @@ macro_rules! dialect {
 const SERVER: &str = "https://cache.example.org/some/cache";
 
 /// Name, text, compression, and what the URL resolves to at [`SERVER`].
-const DIALECTS: [(&str, &str, Compression, &str); 13] = [
+const DIALECTS: [(&str, &str, Compression, &str); 16] = [
     dialect!(
         "cache-nixos-org",
         Xz,
         "https://cache.example.org/some/cache/nar/1pqhvffkws1w6b52gbsh805di9qayr77ipr4hvclpbza8i94hd81.nar.xz"
     ),
     dialect!(
-        "cache-nixos-org-2013",
+        "nix-push",
+        Bzip2,
+        "https://cache.example.org/some/cache/1pqhvffkws1w6b52gbsh805di9qayr77ipr4hvclpbza8i94hd81.nar.bz2"
+    ),
+    dialect!(
+        "sparse",
         Bzip2,
         "https://cache.example.org/some/cache/nar/1pqhvffkws1w6b52gbsh805di9qayr77ipr4hvclpbza8i94hd81.nar.bz2"
     ),
@@ -59,6 +64,11 @@ const DIALECTS: [(&str, &str, Compression, &str); 13] = [
         "https://cache.example.org/some/cache/nar/xcwmxwa8vpv4xpmpfaibqv6czqk0iq4f.nar"
     ),
     dialect!(
+        "attic-2022",
+        Zstd,
+        "https://cache.example.org/some/cache/nar/xcwmxwa8vpv4xpmpfaibqv6czqk0iq4f.nar"
+    ),
+    dialect!(
         "ncps",
         Xz,
         "https://cache.example.org/some/cache/nar/1pqhvffkws1w6b52gbsh805di9qayr77ipr4hvclpbza8i94hd81.nar"
@@ -66,7 +76,12 @@ const DIALECTS: [(&str, &str, Compression, &str); 13] = [
     dialect!(
         "cachix",
         Zstd,
-        "https://cache.example.org/some/cache/nar/1pqhvffkws1w6b52gbsh805di9qayr77ipr4hvclpbza8i94hd81.nar.zst"
+        "https://cache.example.org/some/cache/nar/0135485244eaaf4bd98624df784ef60aa7d80a4050af27ca323c683e9ddb10df.nar.zst"
+    ),
+    dialect!(
+        "selector4nix",
+        None,
+        "https://cache.example.org/some/cache/nar/1ph6nz4k516p3yayhhv60hzagxaal4aa7mwpj3ys2zvbd21vnrga.nar?upstream_query=aGFzaD14Y3dteHdhOHZwdjR4cG1wZmFpYnF2NmN6cWswaXE0Zg"
     ),
     dialect!(
         "peerix",
@@ -101,11 +116,14 @@ fn each_reads_into_what_is_meant() {
         let read =
             read_narinfo(text.as_bytes(), &store_dir).unwrap_or_else(|e| panic!("{name}: {e}"));
         assert_eq!(read.compression, compression, "{name}");
-        let without_file = matches!(name, "nix-serve" | "nix-serve-ng" | "hydra" | "peerix");
+        let without_file = matches!(
+            name,
+            "nix-serve" | "nix-serve-ng" | "hydra" | "peerix" | "attic"
+        );
         assert_eq!(read.file_hash.is_none(), without_file, "{name}");
         assert_eq!(read.file_size.is_none(), without_file, "{name}");
         let mut info = read.info;
-        if name == "cache-nixos-org-2013" {
+        if name == "sparse" {
             assert_eq!(info.deriver, None, "{name}");
             info.deriver = meant.info.deriver.clone();
         }

@@ -1,40 +1,14 @@
 //! The cache on disk with real clients and builders: fetched once, then without any builder, without the
 //! process that fetched it, and without Muster.
-//!
-//! `MUSTER_TEST_KILLS` is how many builders are killed in the middle of transfers, and `MUSTER_TEST_KILL_MB`
-//! how large those are; few and small by default.
 
 mod rig;
 
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rig::process::Process;
-use rig::{Lab, Line, Machine, Muster, Nix, Output, eventually, helper};
+use rig::caches::{FOLDER, asked};
+use rig::{Lab, Machine, Muster, Nix, Output, eventually, helper};
 use rustix::process::Signal;
-
-/// Where a service of root's keeps its NARs.
-const FOLDER: &str = "/var/cache/muster";
-
-fn asked(name: &str, usual: usize) -> usize {
-    let asked = std::env::var(name).ok();
-    asked.and_then(|text| text.parse().ok()).unwrap_or(usual)
-}
-
-/// Tells whether the narinfo of a path names a kept file.
-fn names_a_file(muster: &mut Muster<'_>, path: &str) -> bool {
-    let url = muster.narinfo(path).field("URL").unwrap_or_default();
-    url.matches('-').count() == 2 && url.ends_with(".nar.zst")
-}
-
-/// Waits until all of these are kept.
-#[track_caller]
-fn kept(muster: &mut Muster<'_>, paths: &[String]) {
-    for path in paths {
-        let kept = eventually(20.0, || names_a_file(muster, path));
-        assert!(kept, "{path} is not kept\n{}", muster.log());
-    }
-}
 
 /// Gets paths with an empty store and nothing remembered, and compares them with the builder's.
 #[track_caller]
@@ -42,26 +16,8 @@ fn fetch(client: &Machine, builder: &Machine, paths: &[String], muster: &Muster<
     client.fresh_store();
     let got = client.realise(&paths.join("' '"));
     assert_eq!((got.rc, got.built()), (0, 0), "{got}\n{}", muster.log());
-    for path in paths {
-        assert_eq!(client.nar_hash(path), builder.nar_hash(path), "{path}");
-    }
+    assert_eq!(client.nar_hashes(paths), builder.nar_hashes(paths));
     got
-}
-
-#[track_caller]
-fn stop(mut muster: Muster<'_>) {
-    muster.signal(Signal::TERM);
-    let ended = muster.wait(20.0);
-    assert_eq!(ended, Some(0), "{}", muster.log());
-}
-
-/// Has this machine's Nix check content and signatures of all that the folder lists.
-#[track_caller]
-fn folder_verifies(machine: &Machine, key: &str) {
-    let line = format!(
-        "nix store verify --all --store file://{FOLDER} --sigs-needed 1 --option trusted-public-keys '{key}'"
-    );
-    machine.run(&line).ok();
 }
 
 #[test]
@@ -69,7 +25,7 @@ fn fetched_once_a_path_needs_no_builder_and_outlives_a_restart() {
     let lab = Lab::new();
     let b1 = lab.builder("b1");
     let client = lab.client(&["b1"]);
-    let dag = b1.build_one("dag", "--arg n 40");
+    let dag = b1.build_one("dag", "--arg n 20");
     let mut paths = b1.closure(&dag);
     for (attr, args) in [
         ("big", "--arg sizeMB 24"),
@@ -82,7 +38,7 @@ fn fetched_once_a_path_needs_no_builder_and_outlives_a_restart() {
     let mut muster = Muster::serve(&client, "");
     client.substitutes_from(&muster);
     fetch(&client, &b1, &paths, &muster);
-    kept(&mut muster, &paths);
+    muster.await_kept(&paths);
 
     b1.dead();
     fetch(&client, &b1, &paths, &muster);
@@ -95,17 +51,28 @@ fn fetched_once_a_path_needs_no_builder_and_outlives_a_restart() {
         assert_eq!((answer.status, answer.complete), (200, true), "{old}");
     }
     let key = muster.key();
-    stop(muster);
-
+    // In the middle of whatever it does beside, and in good order.
+    muster.crash();
+    for start in 0..2 {
+        let mut muster = Muster::serve(&client, "");
+        client.substitutes_from(&muster);
+        let began = Instant::now();
+        fetch(&client, &b1, &paths, &muster);
+        let took = began.elapsed();
+        assert!(took < Duration::from_secs(30), "{took:?}\n{}", muster.log());
+        assert!(
+            paths.iter().all(|path| muster.names_a_file(path)),
+            "start {start}"
+        );
+        muster.stop();
+    }
+    // Without the index it is found in the folder.
+    client.run(&format!("rm -r {FOLDER}/.muster")).ok();
     let mut muster = Muster::serve(&client, "");
-    client.substitutes_from(&muster);
-    let began = Instant::now();
+    muster.await_kept(&paths);
     fetch(&client, &b1, &paths, &muster);
-    let took = began.elapsed();
-    assert!(took < Duration::from_secs(30), "{took:?}\n{}", muster.log());
-    assert!(paths.iter().all(|path| names_a_file(&mut muster, path)));
-    stop(muster);
-    folder_verifies(&client, &key);
+    muster.stop();
+    client.folder_verifies(&key);
 }
 
 #[test]
@@ -126,7 +93,7 @@ fn without_muster_the_folder_is_a_binary_cache() {
     );
     client.configure(&settings);
     fetch(&client, &b1, &paths, &muster);
-    kept(&mut muster, &paths);
+    muster.await_kept(&paths);
     // A client that has asked for the narinfos, and remembers them.
     client.fresh_store();
     let all = paths.join("' '");
@@ -134,32 +101,80 @@ fn without_muster_the_folder_is_a_binary_cache() {
         .run(&format!("nix path-info --store http://edge:5000 '{all}'"))
         .ok();
     let key = muster.key();
-    stop(muster);
+    muster.stop();
     b1.dead();
 
-    let _nginx = nginx(&edge);
+    let _nginx = edge.nginx(5000, NGINX);
     let remembered = client.realise(&all);
     assert_eq!((remembered.rc, remembered.built()), (0, 0), "{remembered}");
     client.fresh_store();
     let anew = client.realise(&all);
     assert_eq!((anew.rc, anew.built()), (0, 0), "{anew}");
-    for path in &paths {
-        assert_eq!(client.nar_hash(path), b1.nar_hash(path), "{path}");
-    }
+    assert_eq!(client.nar_hashes(&paths), b1.nar_hashes(&paths));
     edge.configure(&format!("trusted-public-keys = {key}"));
     edge.run(&format!(
         "nix copy --from file://{FOLDER} --to 'local?root=/tmp/copied' '{all}'"
     ))
     .ok();
-    folder_verifies(&edge, &key);
+    edge.folder_verifies(&key);
 }
 
-fn nginx(machine: &Machine) -> Process {
-    machine.write("/etc/nginx-lab.conf", NGINX);
-    machine.run("mkdir -p /tmp/nginx").ok();
-    let nginx = machine.spawn("nginx", "/usr/sbin/nginx -c /etc/nginx-lab.conf");
-    machine.await_port(5000);
-    nginx
+#[test]
+fn after_evictions_the_folder_is_a_binary_cache_of_what_is_left() {
+    let lab = Lab::new();
+    let b1 = lab.builder("b1");
+    let edge = lab.machine("edge", Nix::named("2.8"));
+    edge.builders(&["b1"]);
+    let client = lab.machine("client", Nix::under_test());
+    let flat = b1.build_one("flat", "--arg n 30 --arg sizeKB 500");
+    let paths = b1.closure(&flat);
+    let muster = Muster::serve(&edge, "--listen 0.0.0.0:5000 --cache-size 6M");
+    let key = muster.key();
+    client.configure(&format!(
+        "substituters = http://edge:5000\ntrusted-public-keys = {key}\n"
+    ));
+    fetch(&client, &b1, &paths, &muster);
+    let narinfos = || {
+        let listed = edge.run(&format!("cat {FOLDER}/*.narinfo")).ok().out;
+        let of = |name: &'static str| {
+            let fields = listed.lines().filter_map(move |l| l.strip_prefix(name));
+            fields.map(str::to_owned).collect::<Vec<_>>()
+        };
+        (of("StorePath: "), of("URL: "))
+    };
+    let few = eventually(10.0, || narinfos().0.len() <= 13);
+    assert!(few, "6 MB are 12 of them, and the top\n{}", muster.log());
+    muster.stop();
+    b1.dead();
+    let (left, mut urls) = narinfos();
+    assert!(left.len() > 6, "{left:?}");
+    let nars = edge.run(&format!("cd {FOLDER} && ls nar/*")).ok().out;
+    urls.sort();
+    assert_eq!(
+        nars.lines().collect::<Vec<_>>(),
+        urls,
+        "each NAR has its narinfo"
+    );
+    edge.folder_verifies(&key);
+
+    let nginx = edge.nginx(5000, NGINX);
+    client.fresh_store();
+    // The top one refers to what is not there any more.
+    let alone: Vec<_> = left.iter().filter(|path| **path != flat).cloned().collect();
+    let got = client.realise(&alone.join("' '"));
+    assert_eq!((got.rc, got.copied()), (0, alone.len()), "{got}");
+    client.realise(&flat).failed();
+    drop(nginx);
+    edge.configure(&format!("trusted-public-keys = {key}"));
+    let line = format!(
+        "nix copy --from file://{FOLDER} --to 'local?root=/tmp/copied' '{}'",
+        alone.join("' '")
+    );
+    edge.run(&line).ok();
+    assert_eq!(client.nar_hashes(&alone), b1.nar_hashes(&alone));
+    for path in &alone {
+        assert!(edge.path(&format!("/tmp/copied{path}")).exists(), "{path}");
+    }
 }
 
 #[test]
@@ -172,7 +187,7 @@ fn killed_in_the_middle_of_fills_it_serves_whole_nars_only() {
     paths.push(b1.build_one("text", "--arg sizeMB 16"));
     for round in 0..asked("MUSTER_TEST_ROUNDS", 3) {
         client.fresh_store();
-        client.run(&format!("rm -rf {FOLDER}")).ok();
+        client.wipe_kept();
         let mut muster = Muster::serve(&client, "");
         client.substitutes_from(&muster);
         muster.await_log(10.0, "@b1: well");
@@ -189,19 +204,19 @@ fn killed_in_the_middle_of_fills_it_serves_whole_nars_only() {
             cut.join().expect("the client ends");
         });
         if client.run(&format!("test -e {FOLDER}/nix-cache-info")).rc == 0 {
-            folder_verifies(&client, &key);
+            client.folder_verifies(&key);
         }
         let mut muster = Muster::serve(&client, "");
         fetch(&client, &b1, &paths, &muster);
-        kept(&mut muster, &paths);
+        muster.await_kept(&paths);
         let left = client.run(&format!("ls {FOLDER}/.muster/tmp | wc -l")).ok();
         assert_eq!(
             left.out.trim(),
             "0",
             "round {round}, killed after {after:?}"
         );
-        stop(muster);
-        folder_verifies(&client, &key);
+        muster.stop();
+        client.folder_verifies(&key);
     }
 }
 
@@ -213,7 +228,7 @@ fn a_resumed_download_never_joins_two_streams() {
     let path = b1.build_one("text", "--arg sizeMB 40");
     // The same level makes the very same file again, another one does not.
     for (first, second) in [(3, 3), (3, 9)] {
-        client.run(&format!("rm -rf {FOLDER}")).ok();
+        client.wipe_kept();
         let serve = |level: i32| {
             client.write(
                 "/etc/muster.toml",
@@ -225,7 +240,7 @@ fn a_resumed_download_never_joins_two_streams() {
         client.substitutes_from(&muster);
         let paths = std::slice::from_ref(&path);
         fetch(&client, &b1, paths, &muster);
-        kept(&mut muster, paths);
+        muster.await_kept(paths);
         // The line breaks in the middle, and another one comes when all has changed.
         let listen = format!("127.0.0.1:60{first}{second}");
         let line = |cut: u64| {
@@ -243,7 +258,7 @@ fn a_resumed_download_never_joins_two_streams() {
         assert!(cut, "{}", transfer.err());
         muster.signal(Signal::KILL);
         muster.wait(5.0);
-        client.run(&format!("rm -rf {FOLDER}")).ok();
+        client.wipe_kept();
         drop(breaking);
         let again = serve(second);
         let _whole = line(0);
@@ -264,61 +279,7 @@ fn a_resumed_download_never_joins_two_streams() {
             );
         }
         assert_eq!(client.nar_hash(&path), b1.nar_hash(&path));
-        stop(again);
-    }
-}
-
-#[test]
-fn a_builder_killed_in_large_transfers_is_not_missed() {
-    let lab = Lab::new();
-    let (b1, b2) = (lab.builder("b1"), lab.builder("b2"));
-    let client = lab.client(&["b1", "b2"]);
-    let size = format!("--arg sizeMB {}", asked("MUSTER_TEST_KILL_MB", 32));
-    let path = b1.build_one("big", &size);
-    assert_eq!(b2.build_one("big", &size), path);
-    let hash = b2.nar_hash(&path);
-    for round in 0..asked("MUSTER_TEST_KILLS", 5) {
-        for builder in [&b1, &b2] {
-            builder.behind(Line {
-                bytes_per_second: 40_000_000,
-                ..Line::default()
-            });
-        }
-        client.fresh_store();
-        client.run(&format!("rm -rf {FOLDER}")).ok();
-        // With the cache and without, straight through and through the encoder.
-        let args = [
-            "",
-            "--cache-size 0",
-            "--compression zstd",
-            "--compression zstd --cache-size 0",
-        ];
-        let muster = Muster::serve(&client, args[round % args.len()]);
-        client.substitutes_from(&muster);
-        for builder in [&b1, &b2] {
-            muster.await_log(10.0, &format!("@{}: well", builder.name));
-        }
-        let whole_ms = asked("MUSTER_TEST_KILL_MB", 32) as u64 * 26;
-        let after = Duration::from_millis(fastrand::u64(100..whole_ms));
-        let victim = if fastrand::bool() { &b1 } else { &b2 };
-        let program = ["sshd", "nix-daemon"][round % 2];
-        let got = thread::scope(|scope| {
-            let transfer = scope.spawn(|| client.realise(&path));
-            thread::sleep(after);
-            victim.signal(program, Signal::KILL);
-            transfer.join().expect("the transfer ends")
-        });
-        assert_eq!(
-            (got.rc, got.built(), got.copied()),
-            (0, 0, 1),
-            "{program} of {} killed after {after:?}: {got}\n{}",
-            victim.name,
-            muster.log()
-        );
-        assert_eq!(client.nar_hash(&path), hash);
-        victim.stop_daemon();
-        victim.daemon();
-        stop(muster);
+        again.stop();
     }
 }
 
@@ -334,7 +295,7 @@ fn a_slow_client_holds_no_builder_once_its_nar_is_kept() {
     let transfer = client.spawn("transfer", &format!("nix-store --realise {path}"));
     assert!(eventually(20.0, || transfer.err().contains("copying path")));
     client.signal("nix-store", Signal::STOP);
-    kept(&mut muster, std::slice::from_ref(&path));
+    muster.await_kept(std::slice::from_ref(&path));
     b1.dead();
     assert!(!client.valid(&path), "it was stopped too late");
     client.signal("nix-store", Signal::CONT);
@@ -370,7 +331,7 @@ fn trust_withdrawn_in_the_configuration_ends_what_rested_on_it() {
     client.substitutes_from(&muster);
     let paths = [only.clone(), both.clone()];
     fetch(&client, &b1, &paths, &muster);
-    kept(&mut muster, &paths);
+    muster.await_kept(&paths);
     let url = muster.narinfo(&only).field("URL").expect("a URL");
 
     client.run("cp /etc/one.toml /etc/muster.toml").ok();
@@ -381,35 +342,16 @@ fn trust_withdrawn_in_the_configuration_ends_what_rested_on_it() {
         assert_eq!(gone, 404, "start {again}\n{}", muster.log());
         assert_eq!(muster.get(&format!("/{url}")).status, 404, "start {again}");
         assert_eq!(muster.narinfo(&both).status, 200, "{}", muster.log());
-        stop(muster);
+        muster.stop();
         muster = serve();
     }
     client.run("cp /etc/both.toml /etc/muster.toml").ok();
-    stop(muster);
+    muster.stop();
     b1.dead();
     let mut muster = serve();
-    assert!(names_a_file(&mut muster, &only), "{}", muster.log());
+    assert!(muster.names_a_file(&only), "{}", muster.log());
     assert_eq!(muster.get(&format!("/{url}")).status, 200);
 }
 
 /// The folder in Muster's place.
-const NGINX: &str = "\
-daemon off;
-user root;
-worker_processes 1;
-error_log /tmp/nginx/error;
-pid /tmp/nginx/pid;
-events {}
-http {
-    access_log off;
-    client_body_temp_path /tmp/nginx/body;
-    proxy_temp_path /tmp/nginx/proxy;
-    fastcgi_temp_path /tmp/nginx/fastcgi;
-    uwsgi_temp_path /tmp/nginx/uwsgi;
-    scgi_temp_path /tmp/nginx/scgi;
-    server {
-        listen 5000;
-        root /var/cache/muster;
-    }
-}
-";
+const NGINX: &str = "server {\nlisten 5000;\nroot /var/cache/muster;\n}\n";

@@ -1,6 +1,7 @@
 //! Real clients fetch from real binary caches through Muster: nginx over a folder that real Nix wrote, the folder
 //! itself, another Muster; and what breaks is made good by the next holder.
 
+mod cache_server;
 mod rig;
 
 use std::thread;
@@ -10,30 +11,23 @@ use rig::process::Process;
 use rig::{Lab, Line, Machine, Muster, Nix, eventually};
 use rustix::process::Signal;
 
+use cache_server::Authority;
+
 const COMPRESSIONS: [&str; 6] = ["xz", "zstd", "bzip2", "gzip", "br", "none"];
 
 /// A machine with Debian's nginx, whatever Nix is under test elsewhere.
 fn store(lab: &Lab) -> Machine {
-    let store = lab.machine("store", Nix::named("2.8"));
-    store.write("/etc/nginx-lab.conf", NGINX);
-    store.run("mkdir -p /srv/cache /tmp/nginx").ok();
-    store
+    lab.machine("store", Nix::named("2.8"))
 }
 
 fn nginx(store: &Machine) -> Process {
-    let nginx = store.spawn("nginx", "/usr/sbin/nginx -c /etc/nginx-lab.conf");
-    store.await_port(80);
-    nginx
+    store.nginx(80, NGINX)
 }
 
 /// Writes closures into `/srv/cache/<compression>`.
 fn copy(store: &Machine, compression: &str, paths: &[String]) {
-    let to = format!("file:///srv/cache/{compression}?compression={compression}");
-    let paths = paths.join("' '");
-    store
-        .run_for(120.0, &format!("nix copy --to '{to}' '{paths}'"))
-        .ok();
-    store.run("chmod -R a+rX /srv/cache").ok();
+    let options = format!("compression={compression}");
+    store.copy_to(&format!("/srv/cache/{compression}"), &options, paths);
 }
 
 fn fetch(client: &Machine, store: &Machine, path: &str, muster: &Muster<'_>) {
@@ -253,32 +247,141 @@ fn a_transfer_survives_its_cache_and_its_builder() {
     }
 }
 
+#[test]
+fn what_nix_and_people_write_beside_narinfos_does_not_disturb() {
+    let lab = Lab::new();
+    let store = store(&lab);
+    let key = store.signs_as("store-1");
+    let paths = [store.build_one("odd", ""), store.build_one("soft", "")];
+    let options =
+        "compression=xz&write-nar-listing=true&index-debug-info=true&parallel-compression=true";
+    store.copy_to("/srv/cache/full", options, &paths);
+    store.copy_to("/lab/full", options, &paths);
+    let listing = store.run("ls /srv/cache/full/*.ls").ok();
+    assert!(listing.out.lines().count() >= 2, "{listing}");
+    for folder in ["/srv/cache/full", "/lab/full"] {
+        let line = format!(
+            "cd {folder} && mkdir -p debuginfo log && echo x > README && echo y > nar/notes.txt"
+        );
+        store.run(&line).ok();
+    }
+    let _nginx = nginx(&store);
+    let client = lab.client(&[]);
+    for place in ["http://store/full", "file:///lab/full"] {
+        let upstream = format!("{place}?trusted-public-keys={key}");
+        let muster = Muster::serve(&client, &format!("--upstream '{upstream}'"));
+        client.substitutes_from(&muster);
+        client.fresh_store();
+        for path in &paths {
+            fetch(&client, &store, path, &muster);
+        }
+        muster.stop();
+        client.wipe_kept();
+    }
+}
+
+#[test]
+fn content_addressed_derivations_are_found_in_a_cache() {
+    let lab = Lab::new();
+    let store = store(&lab);
+    let key = store.signs_as("store-1");
+    let path = store.build_one("floatingUser", "");
+    for folder in ["/srv/cache/ca", "/lab/ca"] {
+        let to = format!("file://{folder}?compression=zstd");
+        store
+            .run(&format!(
+                "nix copy --to '{to}' --file /lab/workload.nix floatingUser floatingBase"
+            ))
+            .ok();
+        let known = store.run(&format!("ls {folder}/realisations/*.doi")).ok();
+        assert!(known.out.lines().count() >= 2, "{known}");
+    }
+    let _nginx = nginx(&store);
+    let client = lab.client(&[]);
+    for place in ["http://store/ca", "file:///lab/ca"] {
+        for trust in [format!("trusted-public-keys={key}"), "trusted=1".to_owned()] {
+            let upstream = format!("{place}?{trust}");
+            let muster = Muster::serve(&client, &format!("--upstream '{upstream}'"));
+            client.substitutes_from(&muster);
+            client.fresh_store();
+            let got = client.realise_attr("floatingUser", "").ok();
+            assert_eq!(got.built(), 0, "{upstream}: {got}\n{}", muster.log());
+            assert_eq!(got.out.trim(), path);
+            muster.stop();
+            client.wipe_kept();
+        }
+    }
+}
+
+#[test]
+fn a_cache_behind_tls_is_judged_by_the_systems_own_certificates() {
+    let lab = Lab::new();
+    let store = store(&lab);
+    let key = store.signs_as("store-1");
+    let paths = [
+        store.build_one("dag", "--arg n 20"),
+        store.build_one("big", "--arg sizeMB 9"),
+    ];
+    copy(&store, "zstd", &paths);
+    let authority = Authority::new();
+    let (certificate, secret) = authority.certify("store", 2100);
+    store.write("/etc/tls.crt", &certificate.pem());
+    store.write("/etc/tls.key", &secret.serialize_pem());
+    let _nginx = store.nginx(
+        443,
+        "server {\nlisten 443 ssl http2;\nroot /srv/cache;\n\
+         ssl_certificate /etc/tls.crt;\nssl_certificate_key /etc/tls.key;\n}\n",
+    );
+    let roots = std::fs::read_to_string(authority.roots()).expect("read a certificate");
+    let client = lab.client(&[]);
+    client.write("/etc/own-roots.pem", &roots);
+    let upstream = format!("https://store/zstd?trusted-public-keys={key}");
+    let args = format!("--upstream '{upstream}'");
+    for (system, environment) in [
+        (roots.as_str(), ""),
+        ("", "SSL_CERT_FILE=/etc/own-roots.pem"),
+        ("", "NIX_SSL_CERT_FILE=/etc/own-roots.pem"),
+    ] {
+        client
+            .run("rm -rf /etc/ssl/certs && mkdir -p /etc/ssl/certs")
+            .ok();
+        client.write("/etc/ssl/certs/ca-certificates.crt", system);
+        client.wipe_kept();
+        client.fresh_store();
+        let muster = Muster::start_with(&client, environment, &args);
+        muster.await_log(15.0, "upstream https://store/zstd: well");
+        assert!(muster.log().contains("HTTP/2"), "{}", muster.log());
+        client.substitutes_from(&muster);
+        for path in &paths {
+            fetch(&client, &store, path, &muster);
+        }
+        // Looked at beside the running one.
+        client.write(
+            "/etc/muster.toml",
+            &format!("machines = false\nupstreams = [\"{upstream}\"]\n"),
+        );
+        let line = format!(
+            "env {environment} muster check --config /etc/muster.toml --only '^https://store'"
+        );
+        let check = client.run(&line);
+        assert_eq!(check.rc, 0, "{check}");
+        assert!(check.out.contains("https://store/zstd"), "{check}");
+        muster.stop();
+    }
+}
+
 const NGINX: &str = "\
-daemon off;
-user root;
-worker_processes 1;
-error_log /tmp/nginx/error;
-pid /tmp/nginx/pid;
-events {}
-http {
-    access_log off;
-    client_body_temp_path /tmp/nginx/body;
-    proxy_temp_path /tmp/nginx/proxy;
-    fastcgi_temp_path /tmp/nginx/fastcgi;
-    uwsgi_temp_path /tmp/nginx/uwsgi;
-    scgi_temp_path /tmp/nginx/scgi;
-    server {
-        listen 80;
-        root /srv/cache;
-        location /slow/ {
-            alias /srv/cache/;
-            limit_rate 8m;
-        }
-        location /private/ {
-            alias /srv/cache/;
-            auth_basic private;
-            auth_basic_user_file /etc/nginx-users;
-        }
+server {
+    listen 80;
+    root /srv/cache;
+    location /slow/ {
+        alias /srv/cache/;
+        limit_rate 8m;
+    }
+    location /private/ {
+        alias /srv/cache/;
+        auth_basic private;
+        auth_basic_user_file /etc/nginx-users;
     }
 }
 ";

@@ -21,13 +21,13 @@ use muster::nix::path_info::Trust;
 use muster::nix::store_path::{StoreDir, StorePath};
 use muster::substituter::member::Member;
 use muster::substituter::publish::Publisher;
-use muster::substituter::{Setup, Substituter, health};
+use muster::substituter::{Setup, health};
 use muster::upstream::Upstream;
 use muster::upstream::binary_cache::{BinaryCache, BinaryCacheOptions};
 use muster::upstream::cache_folder::CacheFolder;
 use muster::upstream::daemon::DaemonSocket;
 use muster::upstream::worker::{WorkerSetup, WorkerUpstream};
-use support::{get, key, nar_target, options, serve};
+use support::{get, key, nar_target, new_substituter, options, serve};
 
 const NAR_BYTES: usize = 6 << 20;
 
@@ -64,6 +64,53 @@ async fn each_source_goes_on_where_any_other_broke() {
     }
 }
 
+/// What real Nix compressed passes as it is: it goes on by `Range` at the same place, is skipped to where the server
+/// knows no ranges, or goes on at another holder of the same file.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_passes_goes_on_where_it_broke() {
+    let builder = Builder::new();
+    let path = builder.add("large", &noise());
+    let folder = tempfile::tempdir().unwrap();
+    builder.write_cache(folder.path(), "zstd", &[]);
+    let file = files(&folder.path().join("nar")).remove(0);
+    let target = format!("/nar/{}", file.file_name().unwrap().to_str().unwrap());
+    let file = std::fs::read(file).unwrap();
+    let (half, gone) = (file.len() / 2, Fault::Status(404, "X: y"));
+    let rows = [
+        ("by range", None, false),
+        ("the whole again", Some(Fault::NoRange), false),
+        ("at another", Some(gone.clone()), true),
+        ("nowhere", Some(gone), false),
+    ];
+    for (what, then, another) in rows {
+        let (first, upstream) = serving(&builder, folder.path());
+        let mut upstreams = vec![upstream];
+        if another {
+            upstreams.push(over_http(&builder, folder.path(), false));
+        }
+        for upstream in &upstreams {
+            up(&**upstream).await;
+        }
+        let members = upstreams.iter().zip(0..);
+        let setup = Setup {
+            members: members.map(|(it, number)| member(number, it)).collect(),
+            publisher: publisher(&builder.store_dir, Encoding::Zstd),
+        };
+        let substituter = new_substituter(options(), setup);
+        assert!(substituter.narinfo(path.hash()).await.is_some(), "{what}");
+        let counted = substituter.clone();
+        let served = serve(substituter).await;
+        let narinfo = get(served.address, &format!("/{}.narinfo", path.hash())).await;
+        first.fault_once(&target, Fault::Cut(half));
+        first.fault(&target, then);
+        let answer = get(served.address, &nar_target(&narinfo)).await;
+        let is_whole = !answer.cut && answer.body == file;
+        assert_eq!(is_whole, what != "nowhere", "{what}");
+        assert_eq!(answer.cut, what == "nowhere", "{what}");
+        assert_eq!(counted.counters().nar_passed.value(), 1, "{what}");
+    }
+}
+
 async fn pair(
     first: &Kind,
     second: &Kind,
@@ -76,31 +123,16 @@ async fn pair(
         "{} breaks, {} goes on, {encoding:?}",
         first.name, second.name
     );
-    let member = |number, upstream: &Arc<dyn Upstream>| {
-        let now = tokio::time::Instant::now().into_std();
-        let (upstream, options) = (Arc::clone(upstream), health::Options::default());
-        Arc::new(Member::new(
-            UpstreamId(number),
-            upstream,
-            Trust::Operator,
-            options,
-            now,
-        ))
-    };
     let (one, two) = (member(0, &first.broken), member(1, &second.whole));
     let setup = |members| Setup {
         members,
-        publisher: Publisher {
-            keys: vec![key()],
-            store_dir: store_dir.clone(),
-            encoding,
-        },
+        publisher: publisher(store_dir, encoding),
     };
     let mut options = options();
     // Nothing stalls here, and the machine may be busy.
     options.transfer.stall = Duration::from_secs(10);
     options.transfer.stall_last = Duration::from_secs(20);
-    let substituter = Substituter::new(options, setup(vec![Arc::clone(&one)]), None);
+    let substituter = new_substituter(options, setup(vec![Arc::clone(&one)]));
     // Found at the first alone, so that it gives the first bytes.
     assert!(substituter.narinfo(path.hash()).await.is_some(), "{what}");
     substituter.replace(setup(vec![one, two]));
@@ -119,6 +151,21 @@ async fn pair(
     };
     assert!(got == nar, "{what}: {} bytes", got.len());
     assert_eq!(counted.counters().nar_resumed.value(), 1, "{what}");
+}
+
+fn member(number: u16, upstream: &Arc<dyn Upstream>) -> Arc<Member> {
+    let now = tokio::time::Instant::now().into_std();
+    let (upstream, options) = (Arc::clone(upstream), health::Options::default());
+    let id = UpstreamId(number);
+    Arc::new(Member::new(id, upstream, Trust::Operator, options, now))
+}
+
+fn publisher(store_dir: &StoreDir, encoding: Encoding) -> Publisher {
+    Publisher {
+        keys: vec![key()],
+        store_dir: store_dir.clone(),
+        encoding,
+    }
 }
 
 fn kinds(builder: &Builder, socket: &Path, port: u16, folder: &Path) -> Vec<Kind> {
@@ -185,21 +232,29 @@ fn in_folder(builder: &Builder, folder: &Path) -> Arc<dyn Upstream> {
 
 /// Serves what real Nix wrote; the files of the NARs break off in the middle.
 fn over_http(builder: &Builder, folder: &Path, breaking: bool) -> Arc<dyn Upstream> {
+    let (server, upstream) = serving(builder, folder);
+    for file in files(&folder.join("nar")).iter().filter(|_| breaking) {
+        let name = file.file_name().unwrap().to_str().unwrap();
+        let half = file.metadata().unwrap().len() / 2;
+        let half = usize::try_from(half).unwrap();
+        server.fault(&format!("/nar/{name}"), Some(Fault::Cut(half)));
+    }
+    upstream
+}
+
+/// Serves what real Nix wrote.
+fn serving(builder: &Builder, folder: &Path) -> (CacheServer, Arc<dyn Upstream>) {
     let server = CacheServer::new();
     for (below, prefix) in [(folder.to_owned(), "/"), (folder.join("nar"), "/nar/")] {
         for file in files(&below) {
             let name = file.file_name().unwrap().to_str().unwrap();
             let bytes = std::fs::read(&file).unwrap();
-            let target = format!("{prefix}{name}");
-            if breaking && prefix == "/nar/" {
-                server.fault(&target, Some(Fault::Cut(bytes.len() / 2)));
-            }
-            server.put(&target, bytes);
+            server.put(&format!("{prefix}{name}"), bytes);
         }
     }
     let mut asking = Asking::at(&server.url());
     asking.store_dir = builder.store_dir.clone();
-    Arc::new(asking.start())
+    (server, Arc::new(asking.start()))
 }
 
 fn files(folder: &Path) -> Vec<PathBuf> {

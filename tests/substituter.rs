@@ -494,6 +494,26 @@ async fn late_answers_are_further_holders() {
     assert_eq!(b.questions.load(Ordering::Relaxed), asked);
 }
 
+/// It answers first, so that its NAR hash would be served again and again, and nobody else has such a NAR.
+#[tokio::test]
+async fn who_gave_wrong_bytes_does_not_say_what_a_path_is() {
+    let (liar, b) = (Scripted::new("liar"), Scripted::new("b"));
+    let (info, nar) = path(1, 100, &[]);
+    let (other, other_nar) = path(1, 200, &[]);
+    assert!(other.path == info.path && other.nar_hash != info.nar_hash);
+    liar.add(&other, &vec![b'x'; other_nar.len()].into());
+    b.add(&info, &nar);
+    *b.delay.lock().unwrap() = Duration::from_millis(30);
+    let served = serve(substituter(&[Arc::clone(&liar), b])).await;
+    let target = format!("/{}.narinfo", info.path.hash());
+    let lie = get(served.address, &target).await;
+    assert!(lie.text().contains(&other.nar_hash.to_string()));
+    assert_eq!(get(served.address, &nar_target(&lie)).await.status, 404);
+    let truth = get(served.address, &target).await;
+    assert!(truth.text().contains(&info.nar_hash.to_string()));
+    assert_eq!(get(served.address, &nar_target(&truth)).await.body, nar);
+}
+
 /// An upstream whose questions come back to the substituter that asks them.
 mod mirror {
     use std::sync::OnceLock;

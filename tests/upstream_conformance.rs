@@ -12,6 +12,7 @@ use cache_server::{Asking, Authority};
 use futures_util::StreamExt as _;
 use muster::codec::decompress::Decoder;
 use muster::nix::hash::NarHash;
+use muster::nix::narinfo::Compression;
 use muster::nix::path_info::PathInfo;
 use muster::nix::realisation::DrvOutput;
 use muster::nix::store_path::{StorePath, StorePathHash};
@@ -19,7 +20,7 @@ use muster::upstream::binary_cache::{BinaryCache, BinaryCacheOptions};
 use muster::upstream::cache_folder::CacheFolder;
 use muster::upstream::local::LocalOptions;
 use muster::upstream::memory::Memory;
-use muster::upstream::{Link, NarStream, Upstream};
+use muster::upstream::{EncodedNar, Link, NarStream, Upstream};
 use nginx::Nginx;
 
 /// What the store under test holds.
@@ -133,6 +134,7 @@ async fn conforms(upstream: &dyn Upstream, content: &Content) {
     assert!(matches!(&*upstream.link().borrow(), Link::Up { peer } if !peer.is_empty()));
     path_infos(upstream, content).await;
     nars(upstream, content).await;
+    files_of_nars(upstream, content).await;
     dropped(upstream, content).await;
 
     assert!(upstream.keep(&content.small).await.unwrap());
@@ -205,6 +207,54 @@ async fn nars(upstream: &dyn Upstream, content: &Content) {
     futures_util::future::join_all(mixed).await;
     gone.nar_size = LARGE_BYTES as u64;
     nothing(gone).await;
+}
+
+/// What a store keeps compressed is the NAR, can be begun anywhere, and has the hash and size that are said.
+async fn files_of_nars(upstream: &dyn Upstream, content: &Content) {
+    for path in [&content.small, &content.large] {
+        let info = upstream.path_info(path.hash()).await.unwrap().unwrap();
+        let Some(file) = upstream.encoded_nar(&info).await.unwrap() else {
+            let opened = upstream.open_encoded(&info, &nothing(), 0).await;
+            assert!(opened.unwrap().is_none());
+            continue;
+        };
+        let from = async |offset| {
+            let part = upstream.open_encoded(&info, &file, offset).await;
+            let part = part.unwrap().expect("it is there");
+            assert!(part.begins_at <= offset);
+            let mut bytes = whole(part.bytes).await;
+            bytes.drain(..usize::try_from(offset - part.begins_at).unwrap());
+            bytes
+        };
+        let bytes = from(0).await;
+        assert_eq!(file.file_size, Some(bytes.len() as u64));
+        let hash = file.file_hash.as_ref().and_then(|hash| hash.sha256());
+        assert_eq!(hash, Some(NarHash::of(&bytes).0));
+        let whole_file = futures_util::stream::iter([Ok::<_, ()>(bytes.clone().into())]);
+        let decoded = Decoder::new(1).decode_stream(file.compression, whole_file);
+        let decoded: Vec<_> = decoded.unwrap().map(Result::unwrap).collect().await;
+        assert!(decoded.concat() == content.nars[path]);
+        for offset in [1, bytes.len() / 2, bytes.len() - 1] {
+            assert!(from(offset as u64).await == bytes[offset..], "{offset}");
+        }
+        let mut gone = file.clone();
+        gone.place += ".gone";
+        let opened = upstream.open_encoded(&info, &gone, 0).await;
+        assert!(opened.unwrap().is_none());
+    }
+    let mut absent_info = upstream.path_info(content.small.hash()).await;
+    absent_info.as_mut().unwrap().as_mut().unwrap().path = absent();
+    let absent_info = absent_info.unwrap().unwrap();
+    assert!(upstream.encoded_nar(&absent_info).await.unwrap().is_none());
+}
+
+fn nothing() -> EncodedNar {
+    EncodedNar {
+        compression: Compression::Zstd,
+        file_hash: None,
+        file_size: None,
+        place: "nowhere".to_owned(),
+    }
 }
 
 /// Dropping anything at any point is a normal event.
@@ -299,6 +349,9 @@ async fn binary_cache_in_a_folder() {
             BinaryCacheOptions::default(),
         );
         conforms(&cache, &content).await;
+        let large = cache.path_info(content.large.hash()).await;
+        let file = cache.encoded_nar(&large.unwrap().unwrap()).await;
+        assert_eq!(file.unwrap().unwrap().compression.name(), compression);
     }
 }
 

@@ -221,9 +221,10 @@ fn figures(page: &mut Page, report: &Value) {
     }
     let nar = &report["nar"];
     let line = format!(
-        "NARs       {} asked, {} given, {} not to be had, {} continued elsewhere",
+        "NARs       {} asked, {} given, {} passed on as they were, {} not to be had, {} continued elsewhere",
         number(&nar["requests"]),
         units::size(number(&nar["bytes"])),
+        number(&nar["passed"]),
         number(&nar["absent"]),
         number(&nar["resumed"]),
     );

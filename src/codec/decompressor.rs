@@ -160,14 +160,19 @@ impl Decompressor {
         self.place = Place::Behind;
     }
 
-    /// Checks that the file may end here.
-    pub fn finish(self) -> io::Result<()> {
+    /// Tells whether the file may end here.
+    pub fn may_end(&self) -> bool {
         let sound = match self.place {
             Place::Behind | Place::Padding => true,
             Place::Start => self.codec.is_none(),
             Place::Inside => false,
         };
-        if sound && !self.full {
+        sound && !self.full
+    }
+
+    /// Checks that the file may end here.
+    pub fn finish(self) -> io::Result<()> {
+        if self.may_end() {
             return Ok(());
         }
         let cause = "it stops before its end";

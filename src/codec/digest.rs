@@ -5,7 +5,8 @@
 //! and of a wrong NAR nobody ever gets the last ones: the reader sees a cut.
 //!
 //! Hashing happens where the stream is polled, at most 256 KiB (about 120 µs with the processor's SHA
-//! instructions) per item. This is not a parser: any bytes of the right hash pass.
+//! instructions) per item. This is not a parser: any bytes of the right hash pass. Where the bytes are known to be
+//! right in another way, [`verified_by`] takes that for the hash.
 
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -53,6 +54,29 @@ pub enum DigestError<E> {
     },
 }
 
+/// How it is known that the bytes of a stream are the promised ones.
+pub trait Proof {
+    /// Hears of bytes at the end.
+    fn update(&mut self, bytes: &[u8]);
+
+    /// Judges all bytes, once there are as many as promised; an error is the hash that they have.
+    fn judge(&self, expected: NarHash) -> Result<(), NarHash>;
+}
+
+impl Proof for NarDigest {
+    fn update(&mut self, bytes: &[u8]) {
+        Self::update(self, bytes);
+    }
+
+    fn judge(&self, expected: NarHash) -> Result<(), NarHash> {
+        let actual = self.clone().finish();
+        match actual == expected {
+            true => Ok(()),
+            false => Err(actual),
+        }
+    }
+}
+
 impl NarDigest {
     /// Adds bytes at the end.
     pub fn update(&mut self, bytes: &[u8]) {
@@ -81,10 +105,25 @@ pub fn verified<S, E>(source: S, nar_hash: NarHash, nar_size: u64) -> VerifiedNa
 where
     S: Stream<Item = Result<Bytes, E>> + Unpin,
 {
+    verified_by(NarDigest::default(), source, nar_hash, nar_size)
+}
+
+/// Does the same with another proof than the hash of what passes here.
+pub fn verified_by<P, S, E>(
+    proof: P,
+    source: S,
+    nar_hash: NarHash,
+    nar_size: u64,
+) -> VerifiedNar<S, P>
+where
+    P: Proof + Unpin,
+    S: Stream<Item = Result<Bytes, E>> + Unpin,
+{
     VerifiedNar {
         source,
         expected: (nar_hash, nar_size),
-        digest: NarDigest::default(),
+        proof,
+        size: 0,
         unread: Bytes::new(),
         held: None,
         over: false,
@@ -103,7 +142,15 @@ pub async fn whole<S, E>(
 where
     S: Stream<Item = Result<Bytes, E>> + Unpin,
 {
-    let mut chunks = verified(source, nar_hash, nar_size);
+    whole_of(verified(source, nar_hash, nar_size)).await
+}
+
+/// Reads a checked stream to its end, as [`whole`] does.
+pub async fn whole_of<P, S, E>(mut chunks: VerifiedNar<S, P>) -> Result<Bytes, DigestError<E>>
+where
+    P: Proof + Unpin,
+    S: Stream<Item = Result<Bytes, E>> + Unpin,
+{
     let first = chunks.try_next().await?.unwrap_or_default();
     let Some(second) = chunks.try_next().await? else {
         return Ok(first);
@@ -118,60 +165,60 @@ where
 
 /// The stream that [`verified`] makes.
 #[derive(Debug)]
-pub struct VerifiedNar<S> {
+pub struct VerifiedNar<S, P = NarDigest> {
     source: S,
     expected: (NarHash, u64),
-    digest: NarDigest,
+    proof: P,
+    /// Bytes that came.
+    size: u64,
     /// What is left of a large chunk.
     unread: Bytes,
-    /// The chunk that completes the NAR; its hash agreed.
+    /// The chunk that completes the NAR; it was judged.
     held: Option<Bytes>,
     /// Nothing comes any more.
     over: bool,
 }
 
-impl<S> VerifiedNar<S> {
+impl<S, P: Proof> VerifiedNar<S, P> {
     /// Counts one chunk; the proven end of the NAR is held, everything else comes back.
     fn take<E>(&mut self, chunk: Bytes) -> Result<Option<Bytes>, DigestError<E>> {
-        let (expected_hash, expected) = self.expected;
-        if self.held.is_some() || chunk.len() as u64 > expected - self.digest.size() {
+        let (_, expected) = self.expected;
+        if self.held.is_some() || chunk.len() as u64 > expected - self.size {
             return Err(DigestError::Long { expected });
         }
-        self.digest.update(&chunk);
-        if self.digest.size() < expected {
+        self.proof.update(&chunk);
+        self.size += chunk.len() as u64;
+        if self.size < expected {
             return Ok(Some(chunk));
         }
-        let actual = self.digest.clone().finish();
-        if actual != expected_hash {
-            return Err(DigestError::Mismatch {
-                actual,
-                expected: expected_hash,
-            });
-        }
+        self.judge()?;
         self.held = Some(chunk);
         Ok(None)
     }
 
+    fn judge<E>(&self) -> Result<(), DigestError<E>> {
+        let (expected, _) = self.expected;
+        let judged = self.proof.judge(expected);
+        judged.map_err(|actual| DigestError::Mismatch { actual, expected })
+    }
+
     /// Judges the end of the source, `cause` if it was an error.
     fn end<E>(&mut self, cause: Option<E>) -> Option<Result<Bytes, DigestError<E>>> {
-        let (expected_hash, expected) = self.expected;
-        let actual = self.digest.size();
+        let (_, expected) = self.expected;
+        let actual = self.size;
         match (self.held.take(), cause) {
             (Some(last), _) => Some(Ok(last)),
             (None, Some(cause)) => Some(Err(DigestError::Source(cause))),
             (None, None) if actual < expected => Some(Err(DigestError::Short { actual, expected })),
             // Only a promise of 0 bytes comes here: any last chunk was held.
-            (None, None) => {
-                let actual = self.digest.clone().finish();
-                let expected = expected_hash;
-                (actual != expected).then_some(Err(DigestError::Mismatch { actual, expected }))
-            }
+            (None, None) => self.judge().err().map(Err),
         }
     }
 }
 
-impl<S, E> Stream for VerifiedNar<S>
+impl<P, S, E> Stream for VerifiedNar<S, P>
 where
+    P: Proof + Unpin,
     S: Stream<Item = Result<Bytes, E>> + Unpin,
 {
     type Item = Result<Bytes, DigestError<E>>;

@@ -6,4 +6,6 @@ pub mod compressor;
 pub mod decompress;
 pub mod decompressor;
 pub mod digest;
+pub mod file_check;
+pub mod keyed_sum;
 pub mod slice;

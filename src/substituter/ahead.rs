@@ -315,7 +315,7 @@ impl Pull {
         let Some(source) = Source::locate(&self.shared, &url).await else {
             return;
         };
-        if let Some(bytes) = transfer::read_whole(&self.shared, source, url.encoding).await {
+        if let Some(bytes) = transfer::read_whole(&self.shared, source, &url).await {
             self.shared.counters.nar_ahead.increment();
             // One who claimed it and left does not mind.
             let _ = arrived.send(Bytes::from_owner(Held { bytes, _room: room }));

@@ -246,6 +246,9 @@ impl Walk {
         let Answer::Found(info) = self.member.verify(claim, setup.store_dir()) else {
             return Some(Vec::new());
         };
+        if self.shared.is_distrusted(info.path.hash(), self.member.id) {
+            return Some(Vec::new());
+        }
         let entry = self.shared.commit(setup, &self.member, &info, now())?;
         self.shared.counters.narinfo_prefetched.increment();
         landing.land(Some(entry));

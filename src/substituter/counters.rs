@@ -34,6 +34,10 @@ pub struct Counters {
     pub nar_requests: Counter,
     /// NARs served as the files that they are kept in.
     pub nar_kept: Counter,
+    /// NARs passed on as the files that their upstreams keep.
+    pub nar_passed: Counter,
+    /// NARs compressed here.
+    pub nar_encoded: Counter,
     /// NAR bytes given out or pulled ahead, before compression.
     pub nar_bytes: Counter,
     /// NARs pulled ahead of being asked for.

@@ -3,12 +3,12 @@
 //! ```text
 //! relay -> digest ┬─> raw channel ──────────> a client of the NAR itself, while it keeps up
 //!                 └─> encoder ──> growing file ┬─> clients of the compressed form
-//!                                              └─> decoder: clients of the NAR that lag or come late
+//!                         passing ──^          └─> decoder: clients of the NAR that lag or come late
 //! ```
 //!
-//! The file ends only once hash and size of the NAR agree, so no client gets the last bytes of a wrong
-//! one. A slow client holds nothing but the file. When the file cannot be written, each client goes on at
-//! the same byte from a holder directly: the cache never makes a client fail.
+//! So a NAR is encoded once, however many ask for it, and not at all where its upstream has done so. The file
+//! ends only once hash and size of the NAR agree, so no client gets the last bytes of a wrong one. What clients
+//! get of it, each at its own pace, is in [`super::following`].
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry as MapEntry;
@@ -19,27 +19,24 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::StreamExt as _;
-use futures_util::stream::{self, BoxStream};
+use futures_util::stream::BoxStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tracing::debug;
 
 use crate::cache::backend::{Ground, NarFile};
-use crate::cache::fill::{Fill, Progress, Stage};
-use crate::codec::compression::{EncodeError, Encoding};
-use crate::codec::decompress::{DecodeError, Decoder};
-use crate::codec::slice::slice;
+use crate::cache::fill::{Fill, Progress};
+use crate::codec::compression::Encoding;
+use crate::codec::decompress::Decoder;
 use crate::nix::hash::NarHash;
-use crate::nix::narinfo::Compression;
 use crate::nix::path_info::PathInfo;
 use crate::nix::store_path::StorePathHash;
 
 use super::Setup;
-use super::kept::read_at;
+use super::following::Client;
 use super::nar_url::NarUrl;
-use super::relay::Relay;
 use super::shared::Shared;
 use super::source::Source;
-use super::transfer::{self, Error};
+use super::transfer::{self, Checked, Error, Form};
 
 /// The bounds of filling the cache.
 #[derive(Clone, Debug)]
@@ -74,15 +71,17 @@ pub(super) struct Fillings {
     running: Mutex<HashMap<Key, Arc<Filling>>>,
     orphans: Arc<Semaphore>,
     small: Arc<Semaphore>,
-    decoder: Decoder,
+    pub(super) decoder: Decoder,
 }
 
 /// One fill, as those see it who follow it.
 pub(super) struct Filling {
-    info: Arc<PathInfo>,
-    progress: watch::Receiver<Progress>,
-    reader: Arc<File>,
-    clients: AtomicUsize,
+    pub(super) info: Arc<PathInfo>,
+    /// How the file is made; made otherwise it would be another.
+    pub(super) form: Form,
+    pub(super) progress: watch::Receiver<Progress>,
+    pub(super) reader: Arc<File>,
+    pub(super) clients: AtomicUsize,
     /// Why the NAR itself broke off, where it did.
     cut: Mutex<Option<Error>>,
     /// The file once it is kept, or that it will never be.
@@ -98,9 +97,6 @@ struct Intake {
     info: Arc<PathInfo>,
     grounds: Vec<Ground>,
 }
-
-/// Keeps a fill going for a client; dropped when the client leaves.
-struct Client(Arc<Filling>);
 
 impl Fillings {
     pub(super) fn new(options: &Options) -> Self {
@@ -126,8 +122,8 @@ impl Fillings {
 pub(super) enum Begun {
     /// It is being kept; the bytes in the encoding that was asked for.
     Kept(BoxStream<'static, Result<Bytes, Error>>, Arc<Filling>),
-    /// It is not; the checked NAR.
-    Direct(BoxStream<'static, Result<Bytes, Error>>),
+    /// It is not.
+    Direct(Checked),
 }
 
 /// Begins to read a NAR, and to keep it where that can be; `None` when no holder gives a first byte.
@@ -136,7 +132,7 @@ pub(super) enum Begun {
 pub(super) async fn begin(source: Source, url: &NarUrl) -> Option<Begun> {
     let intake = Intake::of(&source);
     let (shared, info) = (Arc::clone(&source.shared), Arc::clone(&source.info));
-    let checked = Relay::new(source).into_checked().await?;
+    let checked = Checked::open(source, url).await?;
     let Some(intake) = intake else {
         return Some(Begun::Direct(checked));
     };
@@ -147,6 +143,7 @@ pub(super) async fn begin(source: Source, url: &NarUrl) -> Option<Begun> {
     let (tell_outcome, outcome) = watch::channel(None);
     let filling = Arc::new(Filling {
         info: Arc::clone(&info),
+        form: checked.form(),
         progress: fill.progress(),
         reader: fill.reader(),
         clients: AtomicUsize::new(0),
@@ -183,7 +180,7 @@ async fn run(
     intake: Intake,
     filling: Arc<Filling>,
     fill: Fill,
-    checked: BoxStream<'static, Result<Bytes, Error>>,
+    checked: Checked,
     raw: Option<mpsc::Sender<Bytes>>,
     tell_outcome: watch::Sender<Option<Outcome>>,
 ) {
@@ -202,29 +199,20 @@ async fn write_all(
     intake: &Intake,
     filling: &Filling,
     mut fill: Fill,
-    checked: BoxStream<'static, Result<Bytes, Error>>,
-    mut raw: Option<mpsc::Sender<Bytes>>,
+    checked: Checked,
+    raw: Option<mpsc::Sender<Bytes>>,
 ) -> Option<Fill> {
     let shared = &intake.shared;
-    let teed = checked.inspect(move |item| {
-        let Ok(chunk) = item else { return };
-        // One that lags reads on from the file.
-        if raw
-            .as_ref()
-            .is_some_and(|raw| raw.try_send(chunk.clone()).is_err())
-        {
-            raw = None;
-        }
-    });
     let nar_size = filling.info.nar_size;
-    let mut encoded = shared
-        .encoder
-        .encode_stream(Encoding::Zstd, nar_size, teed.boxed());
+    let mut file = match checked {
+        Checked::File(file) => file,
+        Checked::Nar(nar) => transfer::encode(shared, Encoding::Zstd, nar_size, teed(nar, raw)),
+    };
     let mut orphan: Option<OwnedSemaphorePermit> = None;
     loop {
         let item = tokio::select! {
             biased;
-            item = encoded.next() => item,
+            item = file.next() => item,
             () = filling.abandonment(shared.options.fill.orphan_stall) => {
                 debug!(path = %filling.info.path, "given up, nobody waits and its source is silent");
                 return None;
@@ -236,10 +224,7 @@ async fn write_all(
         let chunk = match item {
             Ok(chunk) => chunk,
             Err(error) => {
-                filling.break_off(match error {
-                    EncodeError::Source(error) => error,
-                    EncodeError::Encoder(error) => Error::Encoder(error.to_string()),
-                });
+                filling.break_off(error);
                 return None;
             }
         };
@@ -254,6 +239,22 @@ async fn write_all(
         }
         fill = write(fill, chunk).await?;
     }
+}
+
+/// Gives each chunk to a client, too, for as long as it keeps up; one that lags reads on from the file.
+fn teed(
+    nar: BoxStream<'static, Result<Bytes, Error>>,
+    mut raw: Option<mpsc::Sender<Bytes>>,
+) -> BoxStream<'static, Result<Bytes, Error>> {
+    let tee = move |item: &Result<Bytes, Error>| {
+        let (Ok(chunk), Some(client)) = (item, &raw) else {
+            return;
+        };
+        if client.try_send(chunk.clone()).is_err() {
+            raw = None;
+        }
+    };
+    nar.inspect(tee).boxed()
 }
 
 /// Writes one chunk on a blocking thread; `None`, and the cache has said so, when it cannot be.
@@ -305,13 +306,13 @@ impl Intake {
 
 /// Keeps a small checked NAR in the background, if there is room to wait for the disk.
 ///
-/// `encoded` is the NAR in zstd, where that was made already.
-pub(super) fn keep_small(source: &Source, nar: Bytes, encoded: Option<Bytes>) {
+/// `bytes` are the NAR itself, or its zstd file where there is one already.
+pub(super) fn keep_small(source: &Source, bytes: Bytes, form: Form) {
     let Some(intake) = Intake::of(source) else {
         return;
     };
     let shared = Arc::clone(&intake.shared);
-    let kib = u32::try_from(nar.len().div_ceil(1024))
+    let kib = u32::try_from(bytes.len().div_ceil(1024))
         .unwrap_or(u32::MAX)
         .max(1);
     let small = Arc::clone(&shared.fillings.small);
@@ -323,12 +324,15 @@ pub(super) fn keep_small(source: &Source, nar: Bytes, encoded: Option<Bytes>) {
         let Some(fill) = intake.begin() else {
             return;
         };
-        let encoded = match encoded {
-            Some(encoded) => Ok(encoded),
-            None => shared.encoder.encode_whole(Encoding::Zstd, nar).await,
+        let file = match form {
+            Form::File => Ok(bytes),
+            Form::Nar => {
+                shared.counters.nar_encoded.increment();
+                shared.encoder.encode_whole(Encoding::Zstd, bytes).await
+            }
         };
-        if let Ok(encoded) = encoded
-            && let Some(fill) = write(fill, encoded).await
+        if let Ok(file) = file
+            && let Some(fill) = write(fill, file).await
         {
             intake.commit(fill).await;
         }
@@ -353,16 +357,14 @@ impl Filling {
         url: &NarUrl,
         raw: Option<mpsc::Receiver<Bytes>>,
     ) -> BoxStream<'static, Result<Bytes, Error>> {
-        self.clients.fetch_add(1, Ordering::Relaxed);
-        let client = Client(Arc::clone(self));
+        let client = Client::of(Arc::clone(self));
         let nar_size = self.info.nar_size;
         match url.encoding {
             Encoding::Zstd => client.follow(Arc::clone(shared), *url),
             Encoding::None => client.plain(Arc::clone(shared), *url, raw),
             encoding @ Encoding::Xz => {
                 let plain = client.plain(Arc::clone(shared), *url, raw);
-                let encoded = shared.encoder.encode_stream(encoding, nar_size, plain);
-                transfer::named(encoded)
+                transfer::encode(shared, encoding, nar_size, plain)
             }
         }
     }
@@ -381,7 +383,7 @@ impl Filling {
         *self.cut.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
     }
 
-    fn cut(&self) -> Option<Error> {
+    pub(super) fn cut(&self) -> Option<Error> {
         self.cut
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -389,187 +391,8 @@ impl Filling {
     }
 }
 
-impl Client {
-    /// Reads the growing file from its beginning to its end.
-    fn follow(self, shared: Arc<Shared>, url: NarUrl) -> BoxStream<'static, Result<Bytes, Error>> {
-        let progress = self.0.progress.clone();
-        let state = Following {
-            client: self,
-            shared,
-            url: NarUrl {
-                encoding: Encoding::Zstd,
-                ..url
-            },
-            progress,
-            offset: 0,
-            direct: None,
-        };
-        stream::unfold(state, |mut state| async move {
-            let item = state.next().await.transpose()?;
-            Some((item, state))
-        })
-        .boxed()
-    }
-
-    /// Gives the NAR itself: as it comes while the client keeps up, then out of the file.
-    fn plain(
-        self,
-        shared: Arc<Shared>,
-        url: NarUrl,
-        raw: Option<mpsc::Receiver<Bytes>>,
-    ) -> BoxStream<'static, Result<Bytes, Error>> {
-        let nar_size = self.0.info.nar_size;
-        let state = Plain {
-            client: Some(self),
-            shared,
-            url,
-            nar_size,
-            raw,
-            offset: 0,
-            rest: None,
-        };
-        stream::unfold(state, |mut state| async move {
-            let item = state.next().await?;
-            Some((item, state))
-        })
-        .boxed()
-    }
-}
-
-impl Drop for Client {
-    fn drop(&mut self) {
-        self.0.clients.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-/// A client in the growing file.
-struct Following {
-    client: Client,
-    shared: Arc<Shared>,
-    url: NarUrl,
-    progress: watch::Receiver<Progress>,
-    offset: u64,
-    /// From a holder directly, once the file could not be written; up to `offset` it repeats.
-    direct: Option<BoxStream<'static, Result<Bytes, Error>>>,
-}
-
-impl Following {
-    async fn next(&mut self) -> Result<Option<Bytes>, Error> {
-        loop {
-            if let Some(direct) = &mut self.direct {
-                return direct.next().await.transpose();
-            }
-            let Progress { written, stage } = *self.progress.borrow_and_update();
-            if self.offset < written {
-                let file = Arc::clone(&self.client.0.reader);
-                let chunk = read_at(file, self.offset, written).await;
-                let chunk = chunk.map_err(|error| Error::Corrupt {
-                    upstream: "the cache".to_owned(),
-                    cause: error.to_string(),
-                })?;
-                self.offset += chunk.len() as u64;
-                return Ok(Some(chunk));
-            }
-            match stage {
-                Stage::Complete(_) => return Ok(None),
-                Stage::Growing if self.progress.changed().await.is_ok() => {}
-                Stage::Growing | Stage::Failed => self.go_on_directly().await?,
-            }
-        }
-    }
-
-    /// Takes the NAR from a holder again, encodes it anew and checks that it begins as the file did.
-    async fn go_on_directly(&mut self) -> Result<(), Error> {
-        if let Some(cut) = self.client.0.cut() {
-            return Err(cut);
-        }
-        let direct = transfer::directly(&self.shared, &self.url).await;
-        let mut direct = direct.ok_or_else(|| lost(self.offset))?;
-        let mut place = 0;
-        while place < self.offset {
-            let mut chunk = direct.next().await.ok_or_else(|| lost(self.offset))??;
-            let known = usize::try_from(self.offset - place).unwrap_or(usize::MAX);
-            let again = chunk.split_to(chunk.len().min(known));
-            let mut compared = 0;
-            while compared < again.len() {
-                let file = Arc::clone(&self.client.0.reader);
-                let end = place + again.len() as u64;
-                let earlier = read_at(file, place + compared as u64, end).await;
-                let earlier = earlier.map_err(|_| lost(self.offset))?;
-                if again.get(compared..compared + earlier.len()) != Some(&*earlier) {
-                    return Err(Error::Encoder("it came out otherwise this time".to_owned()));
-                }
-                compared += earlier.len();
-            }
-            place += again.len() as u64;
-            if !chunk.is_empty() {
-                direct = stream::iter([Ok(chunk)]).chain(direct).boxed();
-                break;
-            }
-        }
-        self.direct = Some(direct);
-        Ok(())
-    }
-}
-
-/// A client of the NAR itself.
-struct Plain {
-    /// Gone once it reads from the file, which then counts it.
-    client: Option<Client>,
-    shared: Arc<Shared>,
-    url: NarUrl,
-    nar_size: u64,
-    raw: Option<mpsc::Receiver<Bytes>>,
-    offset: u64,
-    rest: Option<BoxStream<'static, Result<Bytes, Error>>>,
-}
-
-impl Plain {
-    async fn next(&mut self) -> Option<Result<Bytes, Error>> {
-        if let Some(raw) = &mut self.raw {
-            match raw.recv().await {
-                Some(chunk) => {
-                    self.offset += chunk.len() as u64;
-                    return Some(Ok(chunk));
-                }
-                None => self.raw = None,
-            }
-        }
-        if self.offset >= self.nar_size {
-            return None;
-        }
-        if let Some(client) = self.client.take() {
-            if let Some(cut) = client.0.cut() {
-                return Some(Err(cut));
-            }
-            let file = client.follow(Arc::clone(&self.shared), self.url);
-            let decoder = &self.shared.fillings.decoder;
-            let decoded = decoder.decode_stream(Compression::Zstd, file)?;
-            let named = decoded.map(|item| {
-                item.map_err(|error| match error {
-                    DecodeError::Source(error) => error,
-                    DecodeError::Damaged { cause, .. } => Error::Corrupt {
-                        upstream: "the cache".to_owned(),
-                        cause: cause.to_string(),
-                    },
-                })
-            });
-            let missing = self.offset..self.nar_size;
-            self.rest = Some(slice(named.boxed(), missing).boxed());
-        }
-        self.rest.as_mut()?.next().await
-    }
-}
-
 fn key(info: &PathInfo) -> Key {
     (info.path.hash(), info.nar_hash)
-}
-
-fn lost(offset: u64) -> Error {
-    Error::NoHolderLeft {
-        offset,
-        cause: crate::upstream::Error::Down("the cache cannot be written".into()),
-    }
 }
 
 /// Chunks of at most 256 KiB that a client of the NAR itself may lag behind before it reads the file.

@@ -171,7 +171,8 @@ impl Shared {
         now: Instant,
     ) -> Option<Arc<Entry>> {
         let record = self.kept.as_ref()?.backend.look_up(hash)?;
-        let (verified, holders) = believed(setup, &record)?;
+        let (verified, mut holders) = believed(setup, &record)?;
+        holders.retain(|id| !self.is_distrusted(hash, *id));
         if record.file.is_none() && holders.is_empty() {
             return None;
         }

@@ -237,7 +237,7 @@ impl Lent {
     async fn read_again(&self) -> Option<(Bytes, OwnedSemaphorePermit)> {
         let source = Source::locate(&self.shared, &self.url).await?;
         let room = self.shared.lending.room(source.info.nar_size).await?;
-        let bytes = transfer::read_whole(&self.shared, source, self.url.encoding).await?;
+        let bytes = transfer::read_whole(&self.shared, source, &self.url).await?;
         Some((bytes, room))
     }
 }

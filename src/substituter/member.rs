@@ -11,7 +11,7 @@ use tracing::{debug, info, warn};
 use crate::cache::memory::UpstreamId;
 use crate::nix::path_info::{PathInfo, Trust, Verified};
 use crate::nix::store_path::{StoreDir, StorePathHash};
-use crate::upstream::{Error, Link, NarStream, Upstream};
+use crate::upstream::{Error, Link, OpenedNar, Upstream};
 
 use super::figures::Figures;
 use super::health::{self, Record, Standing};
@@ -216,9 +216,12 @@ impl Member {
     /// Opens the NAR of a path; its bytes are counted as they are read.
     ///
     /// Dropped, it is given up as the upstream says.
-    pub async fn nar(&self, info: &PathInfo) -> Result<Option<NarStream>, Error> {
-        let nar = self.upstream.nar(info).await?;
-        Ok(nar.map(|nar| self.figures.count(nar)))
+    pub async fn nar(&self, info: &PathInfo) -> Result<Option<OpenedNar>, Error> {
+        let nar = self.upstream.open_nar(info).await?;
+        Ok(nar.map(|nar| match nar {
+            OpenedNar::Checked(nar) => OpenedNar::Checked(self.figures.count(nar)),
+            OpenedNar::Unchecked(nar) => OpenedNar::Unchecked(self.figures.count(nar)),
+        }))
     }
 
     /// Checks a claim of this upstream against the operator's trust in it.

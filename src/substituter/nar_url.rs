@@ -15,7 +15,7 @@ use crate::nix::hash::NarHash;
 use crate::nix::store_path::StorePathHash;
 
 /// The name of one NAR in one encoding.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct NarUrl {
     /// The path whose NAR it is.
     pub path_hash: StorePathHash,

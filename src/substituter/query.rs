@@ -126,8 +126,9 @@ async fn ask_setup(
     setup: &Arc<Setup>,
     hash: StorePathHash,
 ) -> Result<Option<Arc<Entry>>, Outdated> {
-    let mut asked = ask(setup, hash, &[]);
-    let mut complete = asked.complete;
+    let distrusted = distrusted(shared, setup, hash);
+    let mut asked = ask(setup, hash, &distrusted);
+    let mut complete = asked.complete && distrusted.is_empty();
     while let Some((member, answer)) = asked.answers.next().await {
         match answer {
             Answer::Found(verified) => {
@@ -189,6 +190,12 @@ pub(super) fn ask(setup: &Arc<Setup>, hash: StorePathHash, left_out: &[UpstreamI
     asked
 }
 
+/// Returns those who gave wrong bytes for a path: one of another NAR hash would win again by being first.
+fn distrusted(shared: &Shared, setup: &Setup, hash: StorePathHash) -> Vec<UpstreamId> {
+    let ids = setup.members.iter().map(|member| member.id);
+    ids.filter(|id| shared.is_distrusted(hash, *id)).collect()
+}
+
 /// Records who else has the path, without delaying the first answer.
 fn note_late_answers(
     shared: &Arc<Shared>,
@@ -231,7 +238,7 @@ fn revalidate(shared: &Arc<Shared>, hash: StorePathHash, entry: &Arc<Entry>) {
 /// The NAR that was chosen stays chosen as long as anybody has it, or a holder could not be asked.
 async fn ask_again(shared: &Arc<Shared>, hash: StorePathHash, entry: &Arc<Entry>) {
     let setup = shared.setup();
-    let mut answers = ask(&setup, hash, &[]).answers;
+    let mut answers = ask(&setup, hash, &distrusted(shared, &setup, hash)).answers;
     let mut same = Vec::new();
     let mut other = None;
     let mut denied = Vec::new();

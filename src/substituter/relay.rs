@@ -2,6 +2,9 @@
 //!
 //! NARs of one hash are the same bytes everywhere, so a transfer goes on from the next holder at
 //! the same byte; a store gives a NAR from its beginning only, so what the client has is skipped.
+//!
+//! What a holder has checked itself is not hashed again, see [`OpenedNar`]; of what it gave a [`KeyedSum`] is
+//! kept. Should it break, who takes over must repeat the same bytes, and all of its own are hashed.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,10 +15,11 @@ use futures_util::{StreamExt as _, stream};
 use tokio::time::{sleep, timeout};
 use tracing::warn;
 
-use crate::codec::digest::{self, DigestError, NarDigest};
+use crate::codec::digest::{self, DigestError, NarDigest, Proof};
+use crate::codec::keyed_sum::KeyedSum;
 use crate::nix::hash::NarHash;
 use crate::nix::path_info::PathInfo;
-use crate::upstream::{self, NarStream};
+use crate::upstream::{self, NarStream, OpenedNar};
 
 use super::berth::Berth;
 use super::kept::KEPT;
@@ -45,7 +49,21 @@ struct Givers {
     members: Vec<Arc<Member>>,
     /// Of one that took over: all its bytes, those too that were skipped.
     own: Option<NarDigest>,
+    given: Given,
+    /// Of what it repeats, to be compared with [`Given::Vouched`].
+    again: Option<KeyedSum>,
 }
+
+/// What is known of the bytes that were given out.
+enum Given {
+    /// Their hash so far.
+    Hashed(NarDigest),
+    /// The one holder that gave them answers for them when it comes to its end.
+    Vouched(KeyedSum),
+}
+
+/// The proof of a relay's bytes; the relay itself counts them.
+struct Witness(Arc<Mutex<Givers>>);
 
 impl Relay {
     /// Begins with no holder.
@@ -66,21 +84,24 @@ impl Relay {
     /// Dropped, the transfer ends.
     pub(super) async fn whole(mut self) -> Option<(Bytes, Source)> {
         let (shared, info) = (Arc::clone(&self.source.shared), self.info());
+        let givers = Arc::clone(&self.givers);
         loop {
             let bytes = stream::unfold(&mut self, |relay| async move {
                 let item = relay.next().await?;
                 Some((item, relay))
             });
-            match digest::whole(bytes.boxed(), info.nar_hash, info.nar_size).await {
+            let witness = Witness(Arc::clone(&givers));
+            let bytes = digest::verified_by(witness, bytes.boxed(), info.nar_hash, info.nar_size);
+            match digest::whole_of(bytes).await {
                 Ok(nar) => {
                     shared.counters.nar_bytes.add(nar.len() as u64);
                     return Some((nar, self.source));
                 }
                 Err(DigestError::Source(_)) => return None,
                 Err(error) => {
-                    blame(&shared, &info, &self.givers, &error.to_string());
+                    blame(&shared, &info, &givers, &error.to_string());
                     // One that took over may be right; nothing was given out, so it can begin.
-                    for member in &lock(&self.givers).members {
+                    for member in &lock(&givers).members {
                         self.source.set_aside(member);
                     }
                     drop(self.berth.take_back());
@@ -105,7 +126,9 @@ impl Relay {
             Some((item, relay))
         });
         let relayed = stream::iter([Ok(first)]).chain(rest);
-        let checked = digest::verified(relayed.boxed(), info.nar_hash, info.nar_size);
+        let witness = Witness(Arc::clone(&givers));
+        let relayed = relayed.boxed();
+        let checked = digest::verified_by(witness, relayed, info.nar_hash, info.nar_size);
         let named = checked.map(move |item| {
             let error = match item {
                 Ok(chunk) => {
@@ -171,8 +194,9 @@ impl Relay {
                 biased;
                 item = nar.next() => match item {
                     Some(Ok(chunk)) => match self.advance(chunk) {
-                        Some(fresh) => return Some(Ok(fresh)),
-                        None => continue,
+                        Ok(Some(fresh)) => return Some(Ok(fresh)),
+                        Ok(None) => continue,
+                        Err(error) => error,
                     },
                     Some(Err(error)) => error,
                     None => upstream::Error::Lost("it ended early".into()),
@@ -187,25 +211,26 @@ impl Relay {
         }
     }
 
-    /// Counts a chunk and cuts off what the client already has.
-    fn advance(&mut self, mut chunk: Bytes) -> Option<Bytes> {
+    /// Counts a chunk and cuts off what the client already has; that must be the same.
+    fn advance(&mut self, mut chunk: Bytes) -> Result<Option<Bytes>, upstream::Error> {
         let mut givers = lock(&self.givers);
-        if let Some(own) = &mut givers.own {
-            own.update(&chunk);
-        }
         let repeated = usize::try_from(self.skip)
             .unwrap_or(usize::MAX)
             .min(chunk.len());
         self.skip -= repeated as u64;
-        let _ = chunk.split_to(repeated);
+        givers.repeated(&chunk.split_to(repeated));
+        if self.skip == 0 {
+            givers.compare()?;
+        }
         self.offset += chunk.len() as u64;
         if chunk.is_empty() {
-            return None;
+            return Ok(None);
         }
+        givers.gave(&chunk);
         if let Some((member, _)) = &self.current {
             givers.add(member);
         }
-        Some(chunk)
+        Ok(Some(chunk))
     }
 
     fn drop_current(&mut self, error: upstream::Error) {
@@ -222,15 +247,23 @@ impl Relay {
                 cause: self.cause.clone(),
             });
         };
+        let (member, opened) = next;
+        let (stream, given) = match opened {
+            OpenedNar::Checked(stream) => (stream, Given::Vouched(KeyedSum::new())),
+            OpenedNar::Unchecked(stream) => (stream, Given::default()),
+        };
         let mut givers = lock(&self.givers);
         if self.offset == 0 {
-            *givers = Givers::default();
+            *givers = Givers {
+                given,
+                ..Givers::default()
+            };
         } else {
             self.source.shared.counters.nar_resumed.increment();
-            givers.own = Some(NarDigest::default());
+            givers.taken_over();
         }
         self.skip = self.offset;
-        self.current = Some(next);
+        self.current = Some((member, stream));
         Ok(())
     }
 
@@ -240,6 +273,52 @@ impl Relay {
 }
 
 impl Givers {
+    /// Begins with a holder that repeats what was given; whatever it says of itself, it is hashed.
+    fn taken_over(&mut self) {
+        self.own = Some(NarDigest::default());
+        self.again = match &self.given {
+            Given::Vouched(sum) => Some(sum.twin()),
+            Given::Hashed(_) => None,
+        };
+    }
+
+    fn repeated(&mut self, bytes: &[u8]) {
+        if let Some(own) = &mut self.own {
+            own.update(bytes);
+        }
+        if let Some(again) = &mut self.again {
+            again.update(bytes);
+        }
+    }
+
+    /// Compares what was repeated with what was given before, once all of it came.
+    ///
+    /// From then on its hash stands for both.
+    fn compare(&mut self) -> Result<(), upstream::Error> {
+        let (Some(again), Given::Vouched(sum)) = (&self.again, &self.given) else {
+            return Ok(());
+        };
+        if again.finish() != sum.finish() {
+            let cause = "it does not begin with the bytes that were given before";
+            return Err(upstream::Error::Protocol(cause.into()));
+        }
+        self.again = None;
+        if let Some(own) = &self.own {
+            self.given = Given::Hashed(own.clone());
+        }
+        Ok(())
+    }
+
+    fn gave(&mut self, bytes: &[u8]) {
+        if let Some(own) = &mut self.own {
+            own.update(bytes);
+        }
+        match &mut self.given {
+            Given::Hashed(digest) => digest.update(bytes),
+            Given::Vouched(sum) => sum.update(bytes),
+        }
+    }
+
     fn add(&mut self, member: &Arc<Member>) {
         if self.members.last().is_none_or(|last| last.id != member.id) {
             self.members.push(Arc::clone(member));
@@ -255,6 +334,23 @@ impl Givers {
             // All that the last one has is right, so what it took over was not.
             Some(own) if own.clone().finish() == expected && !earlier.is_empty() => earlier,
             _ => std::slice::from_ref(last),
+        }
+    }
+}
+
+impl Default for Given {
+    fn default() -> Self {
+        Self::Hashed(NarDigest::default())
+    }
+}
+
+impl Proof for Witness {
+    fn update(&mut self, _: &[u8]) {}
+
+    fn judge(&self, expected: NarHash) -> Result<(), NarHash> {
+        match &lock(&self.0).given {
+            Given::Hashed(digest) => digest.judge(expected),
+            Given::Vouched(_) => Ok(()),
         }
     }
 }

@@ -22,7 +22,8 @@
 //!   nars  nar-bytes NARs begun there, and their bytes that were read
 //! narinfo     requests, memory-hits, found, prefetched, absent, absent-without-full-knowledge (404s
 //!             said while somebody could not be asked), divergent (paths), in-memory
-//! nar         requests, bytes (before compression), absent, resumed, cut, corrupt
+//! nar         requests, bytes (before compression), absent, resumed, cut, corrupt, passed (as the files that
+//!             their upstreams keep), encoded (compressed here)
 //! cache       what is kept on disk, null where nothing is: entries, bytes (reserved by running fills:
 //!             bytes-reserved), bytes-max, look-ups (paths known without their NAR), hits and misses (NAR
 //!             requests that were and were not answered from it), recalled (narinfos that came from it),
@@ -83,6 +84,8 @@ impl Substituter {
                 "resumed": counters.nar_resumed.value(),
                 "cut": counters.nar_cut.value(),
                 "corrupt": counters.nar_corrupt.value(),
+                "passed": counters.nar_passed.value(),
+                "encoded": counters.nar_encoded.value(),
             },
             "cache": stats.map(|stats| cache(&stats, counters)),
             "divergent": self.divergences(),

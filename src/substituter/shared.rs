@@ -7,6 +7,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use tokio::sync::Semaphore;
 use tracing::{debug, warn};
 
@@ -26,6 +27,7 @@ use super::filling::Fillings;
 use super::kept::{self, KEPT};
 use super::lent::Lending;
 use super::member::Member;
+use super::nar_url::NarUrl;
 use super::tasks::Tasks;
 use super::{Options, Setup, now};
 
@@ -50,6 +52,8 @@ pub(super) struct Shared {
     pub(super) lending: Lending,
     /// Holders whose bytes did not fit; not asked for this path for a while.
     pub(super) corrupt: moka::sync::Cache<(StorePathHash, UpstreamId), ()>,
+    /// Holders whose file of a path did not fit; its NAR is decoded there for a while.
+    pub(super) unpassable: moka::sync::Cache<(StorePathHash, UpstreamId), ()>,
     pub(super) encoder: Encoder,
     /// Streams of transfers whose clients do not read at the moment.
     pub(super) berths: Berths,
@@ -58,6 +62,8 @@ pub(super) struct Shared {
     pub(super) fillings: Fillings,
     /// NARs pulled before they are asked for.
     pub(super) ahead: Ahead,
+    /// Small NARs that are being read; those who ask for the same meanwhile share it.
+    pub(super) small_nars: SingleFlight<NarUrl, Option<Bytes>>,
 }
 
 /// The cache below, and the member that stands for it as a holder.
@@ -93,10 +99,8 @@ impl Shared {
             vetting: Mutex::default(),
             walks: Arc::new(Semaphore::new(walks.walks_max)),
             lending: Lending::new(options.transfer.whole_kib_max),
-            corrupt: moka::sync::Cache::builder()
-                .max_capacity(CORRUPT_MAX)
-                .time_to_live(CORRUPT_TTL)
-                .build(),
+            corrupt: for_a_while(),
+            unpassable: for_a_while(),
             encoder: Encoder::new(options.transfer.encoder.clone()),
             berths: Berths::default(),
             kept: backend.map(|backend| Kept {
@@ -105,6 +109,8 @@ impl Shared {
             }),
             fillings: Fillings::new(&options.fill),
             ahead: Ahead::new(options.ahead.clone()),
+            // None is announced, so none is waited for.
+            small_nars: SingleFlight::new(Duration::ZERO),
             options,
         }
     }
@@ -171,6 +177,11 @@ impl Shared {
         now: Instant,
     ) -> Option<()> {
         self.if_current(setup, || self.cache.commit_absent(hash, now))
+    }
+
+    /// Tells whether an upstream has given wrong bytes for a path: what it says of that does not count for a while.
+    pub(super) fn is_distrusted(&self, hash: StorePathHash, id: UpstreamId) -> bool {
+        self.corrupt.contains_key(&(hash, id))
     }
 
     /// Records a late answer: one more holder, or one of different bytes.
@@ -326,6 +337,11 @@ impl Shared {
             }
         });
     }
+}
+
+fn for_a_while() -> moka::sync::Cache<(StorePathHash, UpstreamId), ()> {
+    let cache = moka::sync::Cache::builder().max_capacity(CORRUPT_MAX);
+    cache.time_to_live(CORRUPT_TTL).build()
 }
 
 /// Beyond it divergence is noted no more; each takes some 300 bytes and a line in the log.

@@ -12,7 +12,7 @@ use tracing::{debug, warn};
 use crate::cache::memory::{Entry, UpstreamId};
 use crate::nix::hash::NarHash;
 use crate::nix::path_info::{PathInfo, Verified};
-use crate::upstream::{self, NarStream};
+use crate::upstream::{self, OpenedNar};
 
 use super::kept::KEPT;
 use super::member::{Answer, Member};
@@ -95,8 +95,14 @@ impl Source {
         self.waiting.front().is_some_and(|member| member.id == KEPT)
     }
 
+    /// Returns all who are known to have this NAR; `None` where it is not the one that narinfos name.
+    pub(super) fn known_members(&self) -> Option<Vec<Arc<Member>>> {
+        self.holders.as_ref()?;
+        Some(self.waiting.iter().map(Arc::clone).collect())
+    }
+
     /// Opens the NAR at the next holder that has it.
-    pub(super) async fn next_holder(&mut self) -> Option<(Arc<Member>, NarStream)> {
+    pub(super) async fn next_holder(&mut self) -> Option<(Arc<Member>, OpenedNar)> {
         loop {
             self.find_another().await;
             let member = match self.waiting.pop_front() {
@@ -135,7 +141,7 @@ impl Source {
 
     /// Opens the NAR at whichever sick holder is the first to give it, all at once, as long as the last
     /// one is waited for.
-    async fn next_doubtful(&mut self) -> Option<(Arc<Member>, NarStream)> {
+    async fn next_doubtful(&mut self) -> Option<(Arc<Member>, OpenedNar)> {
         let patience = self.shared.options.transfer.stall_last;
         let open = |member: &Arc<Member>| {
             let (shared, info) = (Arc::clone(&self.shared), Arc::clone(&self.info));
@@ -245,8 +251,8 @@ impl Source {
     }
 
     fn is_corrupt(&self, member: &Member) -> bool {
-        let known_bad = (self.info.path.hash(), member.id);
-        self.shared.corrupt.contains_key(&known_bad)
+        let path = self.info.path.hash();
+        self.shared.is_distrusted(path, member.id)
     }
 }
 

@@ -8,7 +8,8 @@
 //! of it would save nothing.
 //!
 //! ```text
-//! source (who has it) -> relay (next holder at the same byte) -> digest -> filling | encoder
+//! source (who has it) ┬─> relay (next holder at the same byte) -> digest -> filling | encoder
+//!                     └─> passing (the upstream's own zstd file, checked) -> filling
 //! ```
 
 use std::sync::Arc;
@@ -16,12 +17,12 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::StreamExt as _;
-use futures_util::stream::{BoxStream, Stream};
+use futures_util::stream::BoxStream;
 use tracing::warn;
 
 use crate::cache::memory::Entry;
 use crate::cache::nar_name::NarName;
-use crate::codec::compression::{EncodeError, EncodedNar, EncoderOptions, Encoding};
+use crate::codec::compression::{EncodeError, EncoderOptions, Encoding};
 use crate::upstream;
 
 use super::ahead::Ahead;
@@ -29,6 +30,7 @@ use super::filling::{self, Begun};
 use super::kept::{KEPT, KeptNar};
 use super::lent::Lending;
 use super::nar_url::NarUrl;
+use super::passing::Passing;
 use super::query::{self, Wanted};
 use super::relay::Relay;
 use super::shared::Shared;
@@ -139,41 +141,79 @@ async fn begin(shared: &Arc<Shared>, source: Source, url: &NarUrl) -> Option<Nar
     } else if let Some(filling) = shared.fillings.running(&source.info) {
         NarBody::Stream(filling.give(shared, url, None))
     } else if source.is_kept() || (source.is_here() && url.encoding == Encoding::None) {
-        NarBody::Stream(encoded(shared, source, url.encoding).await?)
+        let checked = Checked::Nar(Relay::new(source).into_checked().await?);
+        NarBody::Stream(checked.encoded(shared, url.encoding, size_bytes))
     } else {
         match filling::begin(source, url).await? {
             Begun::Kept(stream, _) => NarBody::Stream(stream),
             Begun::Direct(checked) => {
-                let encoded = shared
-                    .encoder
-                    .encode_stream(url.encoding, size_bytes, checked);
-                NarBody::Stream(named(encoded))
+                NarBody::Stream(checked.encoded(shared, url.encoding, size_bytes))
             }
         }
     };
     Some(Nar { size_bytes, body })
 }
 
-/// Opens a NAR without keeping it, in the encoding of the URL.
+/// Opens a NAR without keeping it, in the encoding of the URL and made in this way.
 pub(super) async fn directly(
     shared: &Arc<Shared>,
     url: &NarUrl,
+    form: Form,
 ) -> Option<BoxStream<'static, Result<Bytes, Error>>> {
     let source = Source::locate(shared, url).await?;
-    encoded(shared, source, url.encoding).await
+    let nar_size = source.info.nar_size;
+    let checked = match form {
+        Form::Nar => Checked::Nar(Relay::new(source).into_checked().await?),
+        Form::File => Checked::File(Passing::begin(&source, url).await?.into_stream()),
+    };
+    Some(checked.encoded(shared, url.encoding, nar_size))
 }
 
-async fn encoded(
-    shared: &Shared,
-    source: Source,
-    encoding: Encoding,
-) -> Option<BoxStream<'static, Result<Bytes, Error>>> {
-    let nar_size = source.info.nar_size;
-    let checked = Relay::new(source).into_checked().await?;
-    Some(match encoding {
-        Encoding::None => checked,
-        _ => named(shared.encoder.encode_stream(encoding, nar_size, checked)),
-    })
+/// A NAR whose first bytes came, checked on its way.
+pub(super) enum Checked {
+    /// The NAR itself.
+    Nar(BoxStream<'static, Result<Bytes, Error>>),
+    /// The file that an upstream keeps it in, in the encoding that was asked for.
+    File(BoxStream<'static, Result<Bytes, Error>>),
+}
+
+/// In which form a NAR is taken from its holders.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Form {
+    /// See [`Checked::Nar`].
+    Nar,
+    /// See [`Checked::File`].
+    File,
+}
+
+impl Checked {
+    /// Opens a NAR in the form that costs less; `None` when no holder gives a first byte.
+    pub(super) async fn open(source: Source, url: &NarUrl) -> Option<Self> {
+        match Passing::begin(&source, url).await {
+            Some(passing) => Some(Self::File(passing.into_stream())),
+            None => Relay::new(source).into_checked().await.map(Self::Nar),
+        }
+    }
+
+    pub(super) fn form(&self) -> Form {
+        match self {
+            Self::Nar(_) => Form::Nar,
+            Self::File(_) => Form::File,
+        }
+    }
+
+    fn encoded(
+        self,
+        shared: &Shared,
+        encoding: Encoding,
+        nar_size: u64,
+    ) -> BoxStream<'static, Result<Bytes, Error>> {
+        match self {
+            Self::File(file) => file,
+            Self::Nar(nar) if encoding == Encoding::None => nar,
+            Self::Nar(nar) => encode(shared, encoding, nar_size, nar),
+        }
+    }
 }
 
 /// Opens the kept file of a NAR, where its bytes are what the URL means.
@@ -240,11 +280,15 @@ pub struct Head {
     pub in_parts: bool,
 }
 
-/// Names what an encoder's stream broke off for.
-pub(super) fn named<S>(encoded: EncodedNar<S>) -> BoxStream<'static, Result<Bytes, Error>>
-where
-    S: Stream<Item = Result<Bytes, Error>> + Send + Unpin + 'static,
-{
+/// Encodes a checked NAR on its way.
+pub(super) fn encode(
+    shared: &Shared,
+    encoding: Encoding,
+    nar_size: u64,
+    nar: BoxStream<'static, Result<Bytes, Error>>,
+) -> BoxStream<'static, Result<Bytes, Error>> {
+    shared.counters.nar_encoded.increment();
+    let encoded = shared.encoder.encode_stream(encoding, nar_size, nar);
     let cut = |error| match error {
         EncodeError::Source(error) => error,
         EncodeError::Encoder(error) => Error::Encoder(error.to_string()),
@@ -255,23 +299,37 @@ where
 /// Reads, checks and encodes a small NAR once there is room for it in memory.
 async fn whole(shared: &Arc<Shared>, source: Source, url: &NarUrl) -> Option<NarBody> {
     let room = shared.lending.room(source.info.nar_size).await?;
-    let bytes = read_whole(shared, source, url.encoding).await?;
+    let bytes = read_shared(shared, source, *url).await?;
     Some(Lending::lend(shared, url, bytes, room))
 }
 
+/// Reads, checks and encodes a small NAR once for all who ask for it just now.
+async fn read_shared(shared: &Arc<Shared>, source: Source, url: NarUrl) -> Option<Bytes> {
+    let held = Arc::clone(shared);
+    let read = || async move { read_whole(&held, source, &url).await };
+    shared.small_nars.join(url, read).await?
+}
+
 /// Reads, checks and encodes a small NAR, and has it kept; its memory is the caller's to bound.
-pub(super) async fn read_whole(
-    shared: &Shared,
-    source: Source,
-    encoding: Encoding,
-) -> Option<Bytes> {
-    let keep = !source.is_kept() && (encoding != Encoding::None || !source.is_here());
+pub(super) async fn read_whole(shared: &Shared, source: Source, url: &NarUrl) -> Option<Bytes> {
+    if let Some(passing) = Passing::begin(&source, url).await
+        && let Some(file) = passing.whole().await
+    {
+        filling::keep_small(&source, file.clone(), Form::File);
+        return Some(file);
+    }
+    let keep = !source.is_kept() && (url.encoding != Encoding::None || !source.is_here());
     let (nar, source) = Relay::new(source).whole().await?;
-    match shared.encoder.encode_whole(encoding, nar.clone()).await {
+    if url.encoding != Encoding::None {
+        shared.counters.nar_encoded.increment();
+    }
+    match shared.encoder.encode_whole(url.encoding, nar.clone()).await {
         Ok(bytes) => {
             if keep {
-                let encoded = (encoding == Encoding::Zstd).then(|| bytes.clone());
-                filling::keep_small(&source, nar, encoded);
+                match url.encoding {
+                    Encoding::Zstd => filling::keep_small(&source, bytes.clone(), Form::File),
+                    _ => filling::keep_small(&source, nar, Form::Nar),
+                }
             }
             Some(bytes)
         }

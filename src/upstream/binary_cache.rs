@@ -2,8 +2,8 @@
 //!
 //! A narinfo is asked for once and answers two questions: what the path is, and where its NAR is. The latter is
 //! kept for the transfer that may follow, in a bounded memory; where it was lost the narinfo is asked for
-//! again. NARs come out decoded; hash and size are the reader's to check, but a file that brings far more bytes
-//! than its NAR has is given up here, because no reader would see it.
+//! again. NARs come out decoded, or as the files that they are in; hash and size are the reader's to check, but a
+//! file that brings far more bytes than its NAR has is given up here, because no reader would see it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,12 +15,12 @@ use moka::sync::Cache;
 use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 
-use super::cache_files::{CacheFiles, FileStream, whole};
+use super::cache_files::{CacheFiles, FilePart, FileStream, whole};
 use super::cache_http::decode_error;
 use super::cache_link::CacheLink;
 use super::catalog_feed::{FedCatalog, FeedOptions, FeedSource, FeedStream};
 use super::dialect::read_narinfo;
-use super::{Error, Link, NarStream, Upstream};
+use super::{EncodedNar, Error, Link, NarStream, Upstream};
 use crate::codec::catalog::view::Says;
 use crate::codec::decompress::Decoder;
 use crate::nix::build_trace::{BuildTraceEntry, BuildTraceKey};
@@ -168,16 +168,16 @@ impl BinaryCache {
         let Some(place) = self.place(info, Memory::Used).await? else {
             return Ok(None);
         };
-        if let Some(file) = self.link.note(self.files.open(&place.file).await)? {
-            return Ok(Some((place, file)));
+        if let Some(file) = self.link.note(self.files.open(&place.file, 0).await)? {
+            return Ok(Some((place, file.bytes)));
         }
         // Caches that repack name the NAR otherwise from then on.
         let moved = self.place(info, Memory::Renewed).await?;
         let Some(moved) = moved.filter(|moved| moved.file != place.file) else {
             return Ok(None);
         };
-        let file = self.link.note(self.files.open(&moved.file).await)?;
-        Ok(file.map(|file| (moved, file)))
+        let file = self.link.note(self.files.open(&moved.file, 0).await)?;
+        Ok(file.map(|file| (moved, file.bytes)))
     }
 }
 
@@ -195,7 +195,8 @@ impl FeedSource for MusterFeed {
         if !up.is_ok_and(|link| matches!(&*link, Link::Up { peer } if peer.contains(MUSTER))) {
             return Ok(None);
         }
-        self.files.open(&self.files.locate(CATALOG)?).await
+        let feed = self.files.open(&self.files.locate(CATALOG)?, 0).await?;
+        Ok(feed.map(|feed| feed.bytes))
     }
 }
 
@@ -257,6 +258,34 @@ impl Upstream for BinaryCache {
             })?;
         let nar = nar.map(|chunk| chunk.map_err(decode_error));
         Ok(Some(small_chunks(nar.boxed(), permit).boxed()))
+    }
+
+    async fn encoded_nar(&self, info: &PathInfo) -> Result<Option<EncodedNar>, Error> {
+        self.link.ready().await?;
+        let place = self.place(info, Memory::Used).await?;
+        Ok(place.map(|place| EncodedNar {
+            compression: place.compression,
+            file_hash: place.file_hash.clone(),
+            file_size: place.file_size,
+            place: place.file.clone(),
+        }))
+    }
+
+    async fn open_encoded(
+        &self,
+        info: &PathInfo,
+        nar: &EncodedNar,
+        offset: u64,
+    ) -> Result<Option<FilePart>, Error> {
+        self.link.ready().await?;
+        let permit = self.turn(info.nar_size).await?;
+        let opened = self.files.open(&nar.place, offset).await;
+        let Some(FilePart { begins_at, bytes }) = self.link.note(opened)? else {
+            return Ok(None);
+        };
+        let left = file_bytes_max(info.nar_size).saturating_sub(begins_at);
+        let bytes = small_chunks(bounded(bytes, left).boxed(), permit).boxed();
+        Ok(Some(FilePart { begins_at, bytes }))
     }
 
     async fn keep(&self, path: &StorePath) -> Result<bool, Error> {

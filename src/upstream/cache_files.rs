@@ -17,6 +17,14 @@ use super::Error;
 /// The bytes of a file as they come; an error is the last item. Dropping it ends the transfer.
 pub type FileStream = BoxStream<'static, Result<Bytes, Error>>;
 
+/// The rest of a file.
+pub struct FilePart {
+    /// The byte that comes first; what is before the one that was asked for is the reader's to skip.
+    pub begins_at: u64,
+    /// The bytes from there to the end of the file.
+    pub bytes: FileStream,
+}
+
 /// Where the files of one cache are.
 ///
 /// Every method may be called at once, its future dropped at any point, and is bounded in time.
@@ -33,8 +41,8 @@ pub trait CacheFiles: Send + Sync + 'static {
     /// Finds the place that a narinfo means by its `URL`; an error when it must not be followed.
     fn locate(&self, url: &str) -> Result<String, Error>;
 
-    /// Opens a large file at its first byte; `None`: it is not there.
-    async fn open(&self, place: &str) -> Result<Option<FileStream>, Error>;
+    /// Opens a large file at a byte, or before it where it cannot be had in parts; `None`: it is not there.
+    async fn open(&self, place: &str, offset: u64) -> Result<Option<FilePart>, Error>;
 
     /// Forgets what may have gone bad while nobody looked, such as idle connections.
     fn renew(&self) {}

@@ -5,7 +5,7 @@
 //! it cannot be asked.
 
 use std::fs::File;
-use std::io::{self, ErrorKind, Read as _};
+use std::io::{self, ErrorKind, Read as _, Seek as _, SeekFrom};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +17,7 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use super::Error;
-use super::cache_files::{CacheFiles, FileStream, Greeting};
+use super::cache_files::{CacheFiles, FilePart, Greeting};
 
 /// A folder that is a binary cache.
 #[derive(Clone)]
@@ -110,9 +110,16 @@ impl CacheFiles for CacheFolder {
         Ok(url.to_owned())
     }
 
-    async fn open(&self, place: &str) -> Result<Option<FileStream>, Error> {
+    async fn open(&self, place: &str, offset: u64) -> Result<Option<FilePart>, Error> {
         let path = self.root.join(place);
-        let Some(file) = self.run("an open", move || open(&path)).await? else {
+        let open = move || {
+            let Some(mut file) = open(&path)? else {
+                return Ok(None);
+            };
+            file.seek(SeekFrom::Start(offset))?;
+            Ok(Some(file))
+        };
+        let Some(file) = self.run("an open", open).await? else {
             return Ok(None);
         };
         let state = Some((self.clone(), file));
@@ -125,7 +132,10 @@ impl CacheFiles for CacheFolder {
                 Err(error) => Some((Err(error), None)),
             }
         });
-        Ok(Some(chunks.boxed()))
+        Ok(Some(FilePart {
+            begins_at: offset,
+            bytes: chunks.boxed(),
+        }))
     }
 
     fn questions_max(&self) -> usize {

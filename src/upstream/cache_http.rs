@@ -22,7 +22,7 @@ use tokio::time::{Instant, timeout};
 
 use super::Error;
 use super::backoff::Backoff;
-use super::cache_files::{CacheFiles, FileStream, Greeting, PAUSE_MAX, whole};
+use super::cache_files::{CacheFiles, FilePart, FileStream, Greeting, PAUSE_MAX, whole};
 use super::http_client::{Got, HttpClient, HttpOptions, Peer};
 use crate::codec::decompress::{DecodeError, Decoder};
 use crate::nix::narinfo::Compression;
@@ -191,15 +191,27 @@ impl CacheFiles for CacheHttp {
         found.map(|uri| uri.to_string()).map_err(refused)
     }
 
-    async fn open(&self, place: &str) -> Result<Option<FileStream>, Error> {
+    async fn open(&self, place: &str, offset: u64) -> Result<Option<FilePart>, Error> {
         self.check_rest()?;
         let malformed = |_| Error::Unsupported("the address of a NAR cannot be sent".into());
         let uri: Uri = place.parse().map_err(malformed)?;
-        let got = self.client.transfer(uri, 0).await?;
-        match self.is_there(&got)? {
-            true => self.body(got).map(Some),
-            false => Ok(None),
+        let got = self.client.transfer(uri, offset).await?;
+        if !self.is_there(&got)? {
+            return Ok(None);
         }
+        // What a server puts around a file is not cut where the file is.
+        let as_asked = got.begins_at(offset) && got.content_encoding().is_none();
+        let begins_at = match (as_asked, got.status) {
+            (true, _) => offset,
+            (false, StatusCode::OK) => 0,
+            (false, _) if offset == 0 => 0,
+            (false, _) => {
+                let cause = "it sends another part of the file than was asked for";
+                return Err(Error::Protocol(cause.into()));
+            }
+        };
+        let bytes = self.body(got)?;
+        Ok(Some(FilePart { begins_at, bytes }))
     }
 
     fn renew(&self) {

@@ -48,9 +48,12 @@ use bytes::Bytes;
 use futures_util::stream::BoxStream;
 use tokio::sync::watch;
 
+use cache_files::FilePart;
 use closures::Closures;
 
 use crate::nix::build_trace::{BuildTraceEntry, BuildTraceKey};
+use crate::nix::hash::Hash;
+use crate::nix::narinfo::Compression;
 use crate::nix::path_info::PathInfo;
 use crate::nix::realisation::{DrvOutput, Realisation};
 use crate::nix::store_path::{StorePath, StorePathHash};
@@ -68,6 +71,19 @@ pub enum OpenedNar {
     /// The store holds the last chunk back until it knows that the NAR is the promised one, and fails
     /// else: whoever reads the stream to its end has the right bytes, and need not hash them.
     Checked(NarStream),
+}
+
+/// How a store keeps a NAR compressed, as [`Upstream::encoded_nar`] tells it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EncodedNar {
+    /// How the file is compressed.
+    pub compression: Compression,
+    /// The hash of the file, where the store says it.
+    pub file_hash: Option<Hash>,
+    /// The size of the file in bytes, where the store says it.
+    pub file_size: Option<u64>,
+    /// The store's own word for where the file is.
+    pub place: String,
 }
 
 /// One store that can be asked. Every method may be called any number of times at once.
@@ -117,6 +133,24 @@ pub trait Upstream: Send + Sync + 'static {
     /// Opens the NAR of a path as [`nar`](Upstream::nar) does, and tells whether it is to be hashed.
     async fn open_nar(&self, info: &PathInfo) -> Result<Option<OpenedNar>, Error> {
         Ok(self.nar(info).await?.map(OpenedNar::Unchecked))
+    }
+
+    /// Tells how the store keeps a NAR compressed; `Ok(None)`: it does not, or the path is gone.
+    async fn encoded_nar(&self, _info: &PathInfo) -> Result<Option<EncodedNar>, Error> {
+        Ok(None)
+    }
+
+    /// Opens that file at a byte or before it, as it is; `Ok(None)`: it is not there any more.
+    ///
+    /// Chunks have at most 256 KiB. Nothing of the file is checked, but one that has far more bytes
+    /// than its NAR is given up.
+    async fn open_encoded(
+        &self,
+        _info: &PathInfo,
+        _nar: &EncodedNar,
+        _offset: u64,
+    ) -> Result<Option<FilePart>, Error> {
+        Ok(None)
     }
 
     /// Begins a feed of what the store has, as `codec::catalog::wire` writes it.

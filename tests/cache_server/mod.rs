@@ -10,7 +10,7 @@
 
 use std::collections::HashMap;
 use std::io::{self, BufReader, Read, Write};
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -37,6 +37,10 @@ pub enum Fault {
     Cut(usize),
     /// The same, and then nothing more comes.
     Stall(usize),
+    /// What is asked for is begun as it should be, and the connection closed after so many bytes of it.
+    Portion(usize),
+    /// The whole file, whatever part was asked for.
+    NoRange,
     /// The same with chunked encoding, without its end.
     CutChunked(usize),
     /// A byte at a time, with a pause after each.
@@ -45,8 +49,10 @@ pub enum Fault {
     Length(u64),
     /// No head at all.
     Silent,
-    /// The connection is reset before the head.
+    /// The connection is closed before the head.
     Reset,
+    /// The whole length is promised, and the connection reset (RST) after so many bytes.
+    ResetAfter(usize),
     /// A head without end.
     HeaderFlood,
     /// Something that is not HTTP.
@@ -92,7 +98,11 @@ impl CacheServer {
     }
 
     fn start(config: Option<Arc<ServerConfig>>) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        Self::at(TcpListener::bind("127.0.0.1:0").unwrap(), config)
+    }
+
+    /// Answers those who connect to a socket, with TLS if there is a certificate for it.
+    pub fn at(listener: TcpListener, config: Option<Arc<ServerConfig>>) -> Self {
         let server = Self {
             port: listener.local_addr().unwrap().port(),
             secure: config.is_some(),
@@ -108,11 +118,12 @@ impl CacheServer {
                 let (server, config) = (ours.clone(), config.clone());
                 std::thread::spawn(move || {
                     server.state.lock().unwrap().connections += 1;
+                    let wire = stream.try_clone().unwrap();
                     match config {
-                        None => server.serve(stream),
+                        None => server.serve(stream, &wire),
                         Some(config) => {
                             let session = ServerConnection::new(config).unwrap();
-                            server.serve(StreamOwned::new(session, stream));
+                            server.serve(StreamOwned::new(session, stream), &wire);
                         }
                     }
                 });
@@ -190,7 +201,33 @@ impl CacheServer {
         target
     }
 
-    fn serve(&self, stream: impl Read + Write) {
+    /// Adds every file of a folder, and of those in it.
+    pub fn put_folder(&self, folder: &std::path::Path) {
+        let mut folders = vec![folder.to_owned()];
+        while let Some(inner) = folders.pop() {
+            for entry in std::fs::read_dir(inner).unwrap().flatten() {
+                let path = entry.path();
+                if path.is_dir() {
+                    folders.push(path);
+                } else {
+                    let name = path.strip_prefix(folder).unwrap().display().to_string();
+                    self.put(&format!("/{name}"), std::fs::read(&path).unwrap());
+                }
+            }
+        }
+    }
+
+    /// A file that it has.
+    pub fn file(&self, target: &str) -> Vec<u8> {
+        let state = self.state.lock().unwrap();
+        state
+            .files
+            .get(target)
+            .expect("there is such a file")
+            .clone()
+    }
+
+    fn serve(&self, stream: impl Read + Write, wire: &TcpStream) {
         let mut stream = BufReader::new(stream);
         while let Ok(Some(asked)) = read_request(&mut stream) {
             let (file, fault, head) = {
@@ -204,7 +241,20 @@ impl CacheServer {
             let out = stream.get_mut();
             let sent = match fault {
                 Some(fault) => {
-                    _ = break_it(out, &fault, file.unwrap_or_default(), head);
+                    _ = match fault {
+                        Fault::Portion(bytes) => {
+                            let mut short = Short(out, bytes);
+                            answer(&mut short, &asked, file, head)
+                        }
+                        Fault::NoRange => {
+                            let all = Asked {
+                                headers: HashMap::new(),
+                                ..asked
+                            };
+                            answer(out, &all, file, head)
+                        }
+                        fault => break_it(out, wire, &fault, file.unwrap_or_default(), head),
+                    };
                     return;
                 }
                 None => answer(out, &asked, file, head),
@@ -268,7 +318,35 @@ fn answer(
     out.flush()
 }
 
-fn break_it(out: &mut impl Write, fault: &Fault, file: Vec<u8>, head: &str) -> io::Result<()> {
+/// Lets heads pass and so many bytes of a body.
+struct Short<W>(W, usize);
+
+impl<W: Write> Write for Short<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if bytes.starts_with(b"HTTP/1.1 ") {
+            return self.0.write(bytes);
+        }
+        let size = bytes.len().min(self.1);
+        self.1 -= size;
+        self.0.write_all(&bytes[..size])?;
+        match size < bytes.len() {
+            true => Err(io::ErrorKind::BrokenPipe.into()),
+            false => Ok(size),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}
+
+fn break_it(
+    out: &mut impl Write,
+    wire: &TcpStream,
+    fault: &Fault,
+    file: Vec<u8>,
+    head: &str,
+) -> io::Result<()> {
     let size = file.len();
     let ok = |length: u64| format!("HTTP/1.1 200 OK\r\n{head}Content-Length: {length}\r\n\r\n");
     let forever = Duration::from_secs(3600);
@@ -283,6 +361,8 @@ fn break_it(out: &mut impl Write, fault: &Fault, file: Vec<u8>, head: &str) -> i
             out.write_all(ok(size as u64).as_bytes())?;
             out.write_all(&file[..*bytes])?;
         }
+        // What was asked for matters; see `serve`.
+        Fault::Portion(_) | Fault::NoRange => {}
         Fault::Stall(bytes) => {
             out.write_all(ok(size as u64).as_bytes())?;
             out.write_all(&file[..*bytes])?;
@@ -310,6 +390,14 @@ fn break_it(out: &mut impl Write, fault: &Fault, file: Vec<u8>, head: &str) -> i
         Fault::Silent => std::thread::sleep(forever),
         // Closing with unread input resets; here the peer sees a close without a head.
         Fault::Reset => {}
+        Fault::ResetAfter(bytes) => {
+            out.write_all(ok(size as u64).as_bytes())?;
+            out.write_all(&file[..*bytes])?;
+            out.flush()?;
+            // What was not received yet is lost, too.
+            std::thread::sleep(Duration::from_millis(100));
+            rustix::net::sockopt::set_socket_linger(wire, Some(Duration::ZERO))?;
+        }
         Fault::HeaderFlood => {
             out.write_all(b"HTTP/1.1 200 OK\r\n")?;
             for line in 0_u64.. {
@@ -456,15 +544,19 @@ impl Authority {
     }
 
     pub fn server(&self, name: &str, until_year: i32) -> CacheServer {
+        CacheServer::secure(self.config(name, until_year))
+    }
+
+    /// What a server of this name says of itself until a year.
+    pub fn config(&self, name: &str, until_year: i32) -> ServerConfig {
         let (certificate, key) = self.certify(name, until_year);
         let key = PrivateKeyDer::Pkcs8(key.serialize_der().into());
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let config = ServerConfig::builder_with_provider(provider)
+        ServerConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
             .unwrap()
             .with_no_client_auth()
             .with_single_cert(vec![certificate.der().clone()], key)
-            .unwrap();
-        CacheServer::secure(config)
+            .unwrap()
     }
 }

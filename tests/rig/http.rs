@@ -1,6 +1,6 @@
 //! One HTTP/1.1 question over a Unix socket, answered with all that the server sent.
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
@@ -39,21 +39,30 @@ impl Response {
 
 /// Asks and reads until the server closes; no answer at all within a minute is a panic.
 pub fn request(socket: &Path, method: &str, target: &str, headers: &[(&str, &str)]) -> Response {
-    let mut stream = UnixStream::connect(socket).expect("connect to the machine's socket");
-    stream
-        .set_read_timeout(Some(Duration::from_secs(60)))
-        .expect("set a timeout");
+    ask(socket, method, target, headers)
+        .unwrap_or_else(|error| panic!("no HTTP answer to {method} {target}: {error}"))
+}
+
+/// Asks a server that may die meanwhile; an error is no answer at all.
+pub fn ask(
+    socket: &Path,
+    method: &str,
+    target: &str,
+    headers: &[(&str, &str)],
+) -> io::Result<Response> {
+    let mut stream = UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(Duration::from_secs(60)))?;
     let mut head =
         format!("{method} {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n");
     for (name, value) in headers {
         head.push_str(&format!("{name}: {value}\r\n"));
     }
     head.push_str("\r\n");
-    stream.write_all(head.as_bytes()).expect("send a request");
+    stream.write_all(head.as_bytes())?;
     let mut bytes = Vec::new();
     let ended = stream.read_to_end(&mut bytes);
-    parse(&bytes, method)
-        .unwrap_or_else(|| panic!("no HTTP answer to {method} {target}: {ended:?}"))
+    let nothing = || io::Error::other(format!("it ended with {ended:?}"));
+    parse(&bytes, method).ok_or_else(nothing)
 }
 
 fn parse(bytes: &[u8], method: &str) -> Option<Response> {

@@ -22,6 +22,7 @@
     reason = "each suite uses another part of the rig"
 )]
 
+pub mod caches;
 pub mod helper;
 pub mod http;
 pub mod lab;

@@ -172,11 +172,20 @@ impl<'m> Muster<'m> {
 
     /// Its resident memory, in kB.
     pub fn memory_kb(&self) -> u64 {
+        self.status_kb("VmRSS:")
+    }
+
+    /// The most that its resident memory ever was, in kB.
+    pub fn memory_peak_kb(&self) -> u64 {
+        self.status_kb("VmHWM:")
+    }
+
+    fn status_kb(&self, name: &str) -> u64 {
         let pid = self.pid();
         let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("read /proc");
-        let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:"));
+        let line = status.lines().find_map(|l| l.strip_prefix(name));
         line.and_then(|l| l.split_whitespace().next()?.parse().ok())
-            .expect("VmRSS is there")
+            .expect("the kernel tells")
     }
 }
 

@@ -137,6 +137,19 @@ impl Machine {
             .out
     }
 
+    /// The same of several paths, in their order.
+    #[track_caller]
+    pub fn nar_hashes(&self, paths: &[String]) -> Vec<String> {
+        let each = "do nix-store --dump \"$path\" | sha256sum || exit 1; done";
+        let line = format!("for path in '{}'; {each}", paths.join("' '"));
+        self.run(&line)
+            .ok()
+            .out
+            .lines()
+            .map(str::to_owned)
+            .collect()
+    }
+
     /// Adds lines to this machine's `nix.conf`.
     pub fn configure(&self, lines: &str) {
         self.write("/etc/nix/nix.conf", &format!("{CONF}{lines}\n"));

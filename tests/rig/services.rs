@@ -167,11 +167,10 @@ impl Machine {
     /// Puts what listens on port `inner` behind a line, to be reached on port `outer`.
     pub fn reach_over(&self, outer: u16, inner: u16, line: Line) {
         let relay = format!("relay 0.0.0.0:{outer} 127.0.0.1:{inner} {}", line.words());
-        let relay = helper::start(self, &format!("line-{outer}"), &relay);
-        self.services
-            .lock()
-            .expect("no panic under this lock")
-            .other_line = Some(relay);
+        let mut services = self.services.lock().expect("no panic under this lock");
+        // One on the same port has to go first.
+        services.other_line = None;
+        services.other_line = Some(helper::start(self, &format!("line-{outer}"), &relay));
     }
 
     /// Gives the machine another host key than the one that all know.

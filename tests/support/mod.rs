@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ use muster::substituter::member::Member;
 use muster::substituter::publish::Publisher;
 use muster::substituter::{self, Setup, Substituter, closure, filling, health, transfer};
 use muster::upstream::closures::Closures;
-use muster::upstream::{Error, Link, NarStream, Upstream};
+use muster::upstream::{Error, Link, NarStream, OpenedNar, Upstream};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
@@ -61,6 +61,8 @@ pub struct Scripted {
     link: watch::Sender<Link>,
     pub paths: Mutex<HashMap<StorePathHash, (PathInfo, Bytes)>>,
     pub nar_script: Mutex<NarScript>,
+    /// Whether it says of its NARs that it has checked them.
+    pub vouches: AtomicBool,
     /// NARs that it gives at the same time.
     pub nars_max: Mutex<Option<Arc<Semaphore>>>,
     /// Time before any answer.
@@ -87,6 +89,7 @@ impl Scripted {
             link: watch::Sender::new(up),
             paths: Mutex::default(),
             nar_script: Mutex::default(),
+            vouches: AtomicBool::new(false),
             nars_max: Mutex::default(),
             delay: Mutex::default(),
             silent: Mutex::default(),
@@ -234,6 +237,14 @@ impl Upstream for Scripted {
             held.boxed()
         };
         Ok(given.map(held))
+    }
+
+    async fn open_nar(&self, info: &PathInfo) -> Result<Option<OpenedNar>, Error> {
+        let nar = self.nar(info).await?;
+        Ok(nar.map(match self.vouches.load(Ordering::Relaxed) {
+            true => OpenedNar::Checked,
+            false => OpenedNar::Unchecked,
+        }))
     }
 
     async fn keep(&self, path: &StorePath) -> Result<bool, Error> {
