@@ -11,14 +11,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use futures_util::StreamExt as _;
 use futures_util::stream::{self, BoxStream};
+use futures_util::{StreamExt as _, TryStreamExt as _};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tracing::debug;
 
+use crate::cache::nar_name::{FileHash, NarName};
 use crate::upstream;
 
+use super::kept::{KeptNar, read_file};
 use super::nar_url::NarUrl;
 use super::now;
 use super::shared::Shared;
@@ -222,7 +224,7 @@ impl Lent {
                 Ok(piece) => return Ok(piece),
                 Err(hash) => hash,
             };
-            let again = self.read_again().await;
+            let again = self.read_again(hash).await;
             let (bytes, room) = again.ok_or_else(|| Error::NoHolderLeft {
                 offset: self.offset as u64,
                 cause: upstream::Error::Down("nobody has it any more".into()),
@@ -234,11 +236,33 @@ impl Lent {
         }
     }
 
-    async fn read_again(&self) -> Option<(Bytes, OwnedSemaphorePermit)> {
+    async fn read_again(&self, hash: [u8; 32]) -> Option<(Bytes, OwnedSemaphorePermit)> {
+        if let Some(file) = self.read_kept(hash).await {
+            return Some(file);
+        }
         let source = Source::locate(&self.shared, &self.url).await?;
         let room = self.shared.lending.room(source.info.nar_size).await?;
         let bytes = transfer::read_whole(&self.shared, source, &self.url).await?;
         Some((bytes, room))
+    }
+
+    /// Reads the very same bytes from the cache, where they are kept as they are.
+    ///
+    /// Made anew they would come out otherwise if they were an upstream's own.
+    async fn read_kept(&self, hash: [u8; 32]) -> Option<(Bytes, OwnedSemaphorePermit)> {
+        let backend = &self.shared.kept.as_ref()?.backend;
+        let name = NarName {
+            path_hash: self.url.path_hash,
+            nar_hash: self.url.nar_hash,
+            file_hash: FileHash(hash),
+        };
+        let nar = KeptNar::open(backend, name)?.nar;
+        let room = self.shared.lending.room(nar.size_bytes).await?;
+        let chunks: Vec<_> = read_file(nar.file, nar.size_bytes)
+            .try_collect()
+            .await
+            .ok()?;
+        Some((chunks.concat().into(), room))
     }
 }
 
