@@ -221,9 +221,7 @@ fn a_laptop_is_set_up_and_its_key_is_changed() {
         "{signed:?}"
     );
     realise(&laptop, &paths[2]);
-    laptop
-        .run("test ! -e /var/lib/private/muster/secret-key")
-        .ok();
+    laptop.run("test ! -e /var/lib/muster/secret-key").ok();
 }
 
 #[test]
@@ -262,10 +260,7 @@ fn a_builder_serves_its_own_store_to_the_muster_of_a_client() {
     let toml = toml.replace(toml.get(start..start + end).expect("a key"), &key);
     client.write("/etc/muster/muster.toml", 0o644, &toml);
     follow(&client, "/root", &block("A muster on each builder", 1));
-    let own = client
-        .run("cat /var/lib/private/muster/secret-key.pub")
-        .ok()
-        .out;
+    let own = client.run("cat /var/lib/muster/secret-key.pub").ok().out;
     client
         .run(&format!(
             "nix-store --realise {path} --option substituters http://127.0.0.1:5000 --option trusted-public-keys '{}'",
@@ -315,10 +310,7 @@ fn an_office_is_served_behind_nginx_with_tls() {
     let lines = block("One muster for a whole office, behind nginx with TLS", 0);
     follow(&office, "/lab", &lines);
 
-    let key = office
-        .run("cat /var/lib/private/muster/secret-key.pub")
-        .ok()
-        .out;
+    let key = office.run("cat /var/lib/muster/secret-key.pub").ok().out;
     client.configure(&format!(
         "extra-substituters = https://cache.example.org\nextra-trusted-public-keys = {}",
         key.trim()
