@@ -10,6 +10,7 @@ use anyhow::Context as _;
 /// With a directory, a page for each subcommand is written there; without one, the main page goes to
 /// standard output: muster man | man -l -
 #[derive(clap::Args, Debug)]
+#[command(after_long_help = super::EXIT_STATUS)]
 pub struct Args {
     /// Directory to write the pages to, such as /usr/local/share/man/man1
     #[arg(value_name = "DIR")]
