@@ -508,7 +508,7 @@ fn every_command_says_what_its_status_and_its_json_mean() {
         let above = matches!(&*words, [only] if only == "key");
         if !shared && !above {
             assert!(help.contains("Exit status:"), "{args:?}\n{help}");
-            assert!(page.contains("Exit status"), "the page of {args:?}");
+            assert!(page.contains(".SH \"EXIT STATUS\""), "the page of {args:?}");
         }
         if help.contains("--json") && !shared {
             assert!(help.contains("JSON"), "{args:?}\n{help}");
