@@ -185,6 +185,12 @@ in
     })
 
     (mkIf http {
+      users.users.${account} = {
+        description = "Muster over this machine's own store";
+        isSystemUser = true;
+        group = account;
+      };
+      users.groups.${account} = { };
       environment.etc."muster/builder.toml".source = configFile;
       systemd.sockets.${account} = socket // {
         wantedBy = [ "sockets.target" ];

@@ -292,6 +292,13 @@ in
     environment.etc."muster/muster.toml".source = configFile;
     environment.systemPackages = [ cfg.package ];
 
+    users.users.muster = {
+      description = "Muster";
+      isSystemUser = true;
+      group = "muster";
+    };
+    users.groups.muster = { };
+
     systemd.sockets.muster = socket // {
       wantedBy = [ "sockets.target" ];
     };

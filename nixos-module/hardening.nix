@@ -37,9 +37,10 @@ rec {
     UMask = "0077";
   };
 
-  # The server: a user of its own that exists only while it runs, and the network for clients and ssh.
+  # The server: a user of its own, and the network for clients and ssh. What it writes others may read, so
+  # that nginx can serve the folder of its cache; state and runtime folders are closed by their own modes.
   serve = common // {
-    DynamicUser = true;
+    UMask = "0022";
     RestrictAddressFamilies = [ "AF_UNIX" "AF_INET" "AF_INET6" ];
   };
 

@@ -8,7 +8,7 @@ in
 {
   # The server. `muster` and `kill` are programs, `config` is the configuration file; credentials are lines
   # "NAME:PATH". ssh finds the credentials sshKey and knownHosts, where they are, behind what the
-  # configuration names for an upstream. `groups` are those that the daemon's socket is open to, if not to all.
+  # configuration names for an upstream. The user `name` must exist. `groups` are those that the daemon's socket is open to, if not to all.
   serve =
     {
       name ? "muster",
@@ -37,7 +37,9 @@ in
         SupplementaryGroups = groups;
         StateDirectory = name;
         StateDirectoryMode = "0700";
+        # The folder is a binary cache for whoever reads it: no dynamic user, whose folders are closed to others.
         CacheDirectory = name;
+        CacheDirectoryMode = "0755";
         RuntimeDirectory = name;
         RuntimeDirectoryMode = "0700";
         LoadCredential = credentials;

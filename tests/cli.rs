@@ -476,6 +476,48 @@ fn completions_and_manual_pages_are_written() {
     }
 }
 
+/// Every command, however deep, as words to name it by.
+fn commands(place: &Place, above: &[&str]) -> Vec<Vec<String>> {
+    let help = place.muster(&[above, &["--help"]].concat()).ok();
+    let listed = help.lines().skip_while(|line| *line != "Commands:").skip(1);
+    let listed = listed.take_while(|line| !line.is_empty());
+    let names: Vec<_> = listed
+        .filter_map(|line| line.split_whitespace().next())
+        .collect();
+    let mut all = vec![above.iter().map(ToString::to_string).collect()];
+    for name in names {
+        all.extend(commands(place, &[above, &[name]].concat()));
+    }
+    all
+}
+
+#[test]
+fn every_command_says_what_its_status_and_its_json_mean() {
+    let place = Place::new();
+    let pages = place.path("man1");
+    place.muster(&["man", pages.to_str().unwrap()]).ok();
+    let all = commands(&place, &[]);
+    assert!(all.len() >= 15, "{all:?}");
+    for words in all {
+        let mut args: Vec<_> = words.iter().map(String::as_str).collect();
+        let page = read(pages.join(format!("{}.1", [&["muster"], &args[..]].concat().join("-"))));
+        args.push("--help");
+        let help = place.muster(&args).ok();
+        // The commands of `muster cache` and `muster key` share what is said once above them.
+        let shared = matches!(&*words, [above, _] if above == "cache");
+        let above = matches!(&*words, [only] if only == "key");
+        if !shared && !above {
+            assert!(help.contains("Exit status:"), "{args:?}\n{help}");
+            assert!(page.contains(".SH \"EXIT STATUS\""), "the page of {args:?}");
+        }
+        if help.contains("--json") && !shared {
+            assert!(help.contains("JSON"), "{args:?}\n{help}");
+            assert!(help.contains("added"), "{args:?} does not say what stays");
+        }
+        assert!(!help.contains('\x1b') && !page.contains('\x1b'));
+    }
+}
+
 fn chmod(path: &str, mode: u32) {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("chmod");
 }

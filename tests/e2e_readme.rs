@@ -103,6 +103,49 @@ fn every_block_is_run() {
 }
 
 #[test]
+fn every_command_within_a_sentence_is_run_too() {
+    let lines: Vec<String> = blocks()
+        .into_iter()
+        .filter(|b| b.language == "sh")
+        .flat_map(|b| b.text.lines().map(str::to_owned).collect::<Vec<_>>())
+        .collect();
+    let all = inline();
+    assert!(all.len() >= 8, "{all:?}");
+    for command in &all {
+        let in_a_block = lines.iter().any(|line| line.starts_with(command.as_str()));
+        let elsewhere = RUN_ELSEWHERE.iter().any(|(known, _)| known == command);
+        assert!(in_a_block || elsewhere, "no test runs `{command}`");
+    }
+    for (known, _) in RUN_ELSEWHERE {
+        let there = all.iter().any(|command| command == known);
+        assert!(there, "{known} is not in the README any more");
+    }
+}
+
+#[test]
+fn every_command_of_muster_is_shown() {
+    let readme = fs::read_to_string(project("README.md")).expect("read the README");
+    let help = Command::new(program()).arg("--help").output();
+    let help = String::from_utf8(help.expect("it starts").stdout).expect("it is text");
+    let listed = help.lines().skip_while(|line| *line != "Commands:").skip(1);
+    let mut count = 0;
+    for line in listed.take_while(|line| !line.is_empty()) {
+        // What a line of its own has begins with two blanks; the rest are words of the one above.
+        let name = line
+            .strip_prefix("  ")
+            .filter(|name| !name.starts_with(' '));
+        let Some(name) = name.and_then(|name| name.split_whitespace().next()) else {
+            continue;
+        };
+        count += 1;
+        if !matches!(name, "completions" | "man") {
+            assert!(readme.contains(&format!("muster {name}")), "{name}");
+        }
+    }
+    assert!(count >= 9, "{help}");
+}
+
+#[test]
 fn snippets_of_nix_and_toml_are_read() {
     for block in blocks() {
         let folder = tempfile::tempdir().expect("make a folder");
@@ -125,6 +168,27 @@ fn snippets_of_nix_and_toml_are_read() {
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{}\n{said}", block.text);
     }
+}
+
+/// Command lines that stand within a sentence.
+fn inline() -> Vec<String> {
+    let readme = fs::read_to_string(project("README.md")).expect("read the README");
+    let mut prose = String::new();
+    let mut in_block = false;
+    for line in readme.lines() {
+        if line.starts_with("```") {
+            in_block = !in_block;
+        } else if !in_block {
+            prose.push_str(line);
+            prose.push('\n');
+        }
+    }
+    let spans = prose.split('`').skip(1).step_by(2);
+    spans
+        .map(|span| span.split_whitespace().collect::<Vec<_>>())
+        .filter(|words| matches!(words.as_slice(), [first, _, ..] if PROGRAMS.contains(first)))
+        .map(|words| words.join(" "))
+        .collect()
 }
 
 /// Runs lines one after another in a folder inside; each must succeed.
@@ -195,13 +259,35 @@ fn a_laptop_is_set_up_and_its_key_is_changed() {
 
     follow(&laptop, "/root", &block("When something is wrong", 0));
 
+    // The commands, with what a user has: a link to something that is built.
+    laptop.run(&format!("ln -s {} /root/result", paths[0])).ok();
+    laptop
+        .run("printf 'experimental-features = nix-command\\n' >> /etc/nix/nix.conf")
+        .ok();
+    let said = follow(&laptop, "/root", &block("Commands", 0));
+    assert!(said[2].out.contains("root@b1"), "{}", said[2]);
+    laptop.run(&format!("test -e /root/copy{}", paths[0])).ok();
+    let said = follow(&laptop, "/root", &block("Commands", 1));
+    assert!(said[2].out.contains("signed"), "{}", said[2]);
+    let signer = laptop.run("cat /root/office-1.pub").ok().out;
+    b1.run(&format!(
+        "nix store verify --no-contents --sigs-needed 1 --option trusted-public-keys '{}' {}",
+        signer.trim(),
+        paths[0]
+    ))
+    .ok();
+    follow(&laptop, "/root", &block("Commands", 2));
+
     let signatures = |path: &str| {
         let name = path.trim_start_matches("/nix/store/");
         let hash: String = name.chars().take(32).collect();
         let got = laptop.run(&format!("curl -s http://127.0.0.1:5000/{hash}.narinfo"));
         let got = got.ok().out;
         got.lines()
-            .filter_map(|l| l.strip_prefix("Sig: ").map(str::to_owned))
+            .filter_map(|l| l.strip_prefix("Sig: "))
+            // Those that sign-all wrote are kept beside Muster's own.
+            .filter(|sig| !sig.starts_with("office-1:"))
+            .map(str::to_owned)
             .collect::<Vec<_>>()
     };
     assert_eq!(signatures(&paths[1]).len(), 1);
@@ -220,10 +306,9 @@ fn a_laptop_is_set_up_and_its_key_is_changed() {
         matches!(signed.as_slice(), [one] if one.starts_with("office-muster-2:")),
         "{signed:?}"
     );
+    follow(&laptop, "/root", &block("Change the signing key", 2));
     realise(&laptop, &paths[2]);
-    laptop
-        .run("test ! -e /var/lib/private/muster/secret-key")
-        .ok();
+    laptop.run("test ! -e /var/lib/muster/secret-key").ok();
 }
 
 #[test]
@@ -262,10 +347,7 @@ fn a_builder_serves_its_own_store_to_the_muster_of_a_client() {
     let toml = toml.replace(toml.get(start..start + end).expect("a key"), &key);
     client.write("/etc/muster/muster.toml", 0o644, &toml);
     follow(&client, "/root", &block("A muster on each builder", 1));
-    let own = client
-        .run("cat /var/lib/private/muster/secret-key.pub")
-        .ok()
-        .out;
+    let own = client.run("cat /var/lib/muster/secret-key.pub").ok().out;
     client
         .run(&format!(
             "nix-store --realise {path} --option substituters http://127.0.0.1:5000 --option trusted-public-keys '{}'",
@@ -315,10 +397,7 @@ fn an_office_is_served_behind_nginx_with_tls() {
     let lines = block("One muster for a whole office, behind nginx with TLS", 0);
     follow(&office, "/lab", &lines);
 
-    let key = office
-        .run("cat /var/lib/private/muster/secret-key.pub")
-        .ok()
-        .out;
+    let key = office.run("cat /var/lib/muster/secret-key.pub").ok().out;
     client.configure(&format!(
         "extra-substituters = https://cache.example.org\nextra-trusted-public-keys = {}",
         key.trim()
@@ -406,3 +485,41 @@ fn program() -> PathBuf {
 }
 
 const MUSTER: &str = env!("CARGO_BIN_EXE_muster");
+
+/// Programs that a reader could be told to run.
+const PROGRAMS: [&str; 16] = [
+    "muster",
+    "nix",
+    "nix-store",
+    "nix-build",
+    "nix-instantiate",
+    "nix-daemon",
+    "systemctl",
+    "journalctl",
+    "curl",
+    "bash",
+    "sh",
+    "cargo",
+    "rm",
+    "install",
+    "apt",
+    "ssh",
+];
+
+/// Command lines within a sentence that are in no block, and what runs them.
+const RUN_ELSEWHERE: [(&str, &str); 8] = [
+    (
+        "nix-daemon --stdio",
+        "sshd, in every test of tests/e2e_fetch.rs",
+    ),
+    ("nix-store --serve", "tests/upstream_closures.rs"),
+    ("nix store sign --all", "benches/sign_all.rs"),
+    ("nix log", "tests/e2e_fetch.rs"),
+    ("muster serve --help", "tests/cli.rs"),
+    ("muster sign-all --cache", "tests/sign_all_cache.rs"),
+    ("cargo bench", "tests/run"),
+    (
+        "systemctl edit muster.socket",
+        "an editor: the file that it writes is written by a block",
+    ),
+];

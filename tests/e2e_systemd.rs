@@ -19,6 +19,8 @@ fn install(systemd: &Systemd<'_>, unit: &Value, socket: &Value, config: &str) {
     systemd.write(&path("service"), 0o644, text(&evaluate(SERVE, unit)));
     systemd.write(&path("socket"), 0o644, text(&evaluate(SOCKET, socket)));
     systemd.write(text(&unit["config"]), 0o644, config);
+    // The NixOS module declares it, the .deb has it in its sysusers.conf.
+    systemd.run(&format!("useradd --system {name}")).ok();
     systemd.run("systemctl daemon-reload").ok();
 }
 
@@ -345,10 +347,7 @@ fn the_package_is_installed_started_upgraded_removed_and_purged() {
         .run("cp /lab/known_hosts /etc/muster/credentials/known-hosts")
         .ok();
     systemd.run("systemctl restart muster.service").ok();
-    let key = systemd
-        .run("cat /var/lib/private/muster/secret-key.pub")
-        .ok()
-        .out;
+    let key = systemd.run("cat /var/lib/muster/secret-key.pub").ok().out;
     let key = key.trim();
     realise(&systemd, &path, key);
 
@@ -365,6 +364,44 @@ fn the_package_is_installed_started_upgraded_removed_and_purged() {
     let ask = format!("nix path-info --store http://127.0.0.1:5000 {}", own.trim());
     let known = eventually(20.0, || systemd.run(&ask).rc == 0);
     assert!(known, "{}", systemd.journal("muster.service"));
+
+    // What it fetched is in a folder that everybody may read, and that is a cache with Muster gone.
+    let name = path.trim_start_matches("/nix/store/");
+    let hash: String = name.chars().take(32).collect();
+    let narinfo = format!("/var/cache/muster/{hash}.narinfo");
+    let kept = eventually(20.0, || systemd.run(&format!("test -s {narinfo}")).rc == 0);
+    assert!(kept, "{}", systemd.journal("muster.service"));
+    systemd
+        .run("systemctl stop muster.socket muster.service")
+        .ok();
+    let copy = format!(
+        "nix copy --from file:///var/cache/muster --to /tmp/nobody/store --option trusted-public-keys '{key}' \
+         --option substituters '' {path}"
+    );
+    systemd
+        .run(&format!(
+            "install -d -o nobody /tmp/nobody && setpriv --reuid=nobody --regid=nogroup --clear-groups \
+             env HOME=/tmp/nobody {copy} && test -e /tmp/nobody/store{path}"
+        ))
+        .ok();
+    systemd
+        .run("setpriv --reuid=nobody --clear-groups cat /var/lib/muster/secret-key")
+        .failed();
+    systemd
+        .run(
+            "rm -f /etc/nginx/sites-enabled/* /etc/nginx/conf.d/* && \
+             echo 'server { listen 127.0.0.1:8080; root /var/cache/muster; }' >/etc/nginx/conf.d/kept.conf && \
+             systemctl start nginx",
+        )
+        .ok();
+    systemd
+        .run(&format!(
+            "nix copy --from http://127.0.0.1:8080 --to /tmp/other --option trusted-public-keys '{key}' {path}"
+        ))
+        .ok();
+    systemd
+        .run("systemctl start muster.socket muster.service")
+        .ok();
 
     // An upgrade keeps what the operator wrote, the key, and what is enabled; what runs is the new one.
     systemd
@@ -399,12 +436,10 @@ fn the_package_is_installed_started_upgraded_removed_and_purged() {
     systemd
         .run("test ! -e /usr/bin/muster && test -e /etc/muster/muster.toml")
         .ok();
-    systemd
-        .run("test -e /var/lib/private/muster/secret-key")
-        .ok();
+    systemd.run("test -e /var/lib/muster/secret-key").ok();
     systemd.run("dpkg --purge muster").ok();
     systemd
-        .run("! ls -d /etc/muster /var/lib/muster /var/lib/private/muster /var/cache/private/muster 2>/dev/null")
+        .run("! ls -d /etc/muster /var/lib/muster /var/cache/muster 2>/dev/null")
         .ok();
     systemd
         .run("! find /etc/systemd /lib/systemd -name 'muster*' | grep .")

@@ -218,7 +218,9 @@ fn texts_keep_secrets_out_and_say_what_they_must() {
         "LoadCredential=ssh-key-0:/root/.ssh/b1",
         "Requires=muster.socket",
         "Type=notify",
-        "DynamicUser=true",
+        "User=muster",
+        "StateDirectoryMode=0700",
+        "CacheDirectoryMode=0755",
         "NoNewPrivileges=true",
     ] {
         assert!(unit.lines().any(|l| l == line), "no {line}\n{unit}");

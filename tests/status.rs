@@ -148,7 +148,18 @@ fn what_each_upstream_gave_and_what_went_wrong() {
     assert!(got.starts_with("HTTP/1.1 200"), "{got}");
     server.get("/0000000000000000000000000000000a.narinfo");
 
-    let report = server.until(|report| report["nar"]["bytes"] == nar.len());
+    // The second time it comes from the cache.
+    server.until(|report| report["cache"]["entries"] == 1);
+    let again = server.get(&format!("/{}.narinfo", path.hash()));
+    let url = again.lines().find_map(|line| line.strip_prefix("URL: "));
+    let got = server.get(&format!("/{}", url.expect("it still has the path")));
+    assert!(got.starts_with("HTTP/1.1 200"), "{got}");
+
+    let report = server.until(|report| report["cache"]["hits"] == 1);
+    let cache = &report["cache"];
+    assert_eq!((number(&cache["hits"]), number(&cache["misses"])), (1, 1));
+    assert!(number(&cache["bytes"]) > 0 && number(&cache["bytes-max"]) > 0);
+    assert!(cache["degraded"].is_null(), "{cache}");
     assert_eq!(report["status"], "degraded");
     assert_eq!(report["version"], env!("CARGO_PKG_VERSION"));
     assert!(number(&report["uptime-ms"]) > 0);
@@ -190,7 +201,7 @@ fn what_each_upstream_gave_and_what_went_wrong() {
         1,
         "{narinfo}"
     );
-    assert_eq!(number(&narinfo["requests"]), 2);
+    assert_eq!(number(&narinfo["requests"]), 3);
 
     let shown = server.status(&["--url", &server.url()]);
     assert_eq!(shown.status, 3, "{}", shown.err);
@@ -204,6 +215,7 @@ fn what_each_upstream_gave_and_what_went_wrong() {
         "Connection refused",
         "tried again in ",
         "1 absent without full knowledge",
+        " of 10 GiB, 50 % of 2 NARs from it",
     ] {
         assert!(shown.out.contains(words), "no {words:?} in\n{}", shown.out);
     }

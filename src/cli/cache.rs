@@ -27,7 +27,7 @@ pub struct Args {
     /// Folder of the cache [default: as `muster serve` has it]
     #[arg(long, value_name = "DIR", global = true)]
     pub cache_dir: Option<PathBuf>,
-    /// Configuration file [default: /etc/muster/config.toml, if it is there]
+    /// Configuration file [default: /etc/muster/muster.toml or config.toml, if there]
     #[arg(long, value_name = "FILE", env = "MUSTER_CONFIG", global = true)]
     pub config: Option<PathBuf>,
     /// Write JSON
@@ -277,6 +277,12 @@ Examples:
   muster cache verify --dry-run --json
   muster cache gc --max-size 2G
   nix copy --from file:///var/cache/muster /nix/store/…      (without Muster)
+
+JSON:
+  The form is stable: keys are added, never changed. Sizes are in bytes.
+    stats       cache-dir, nars, bytes, narinfos, foreign (files of others), bytes-free, in-use
+    verify      right, bytes, wrong[] {file, cause}, foreign, removed (false with --dry-run)
+    gc, clear   removed-nars, removed-bytes, bytes (that are left)
 
 Exit status: 0 if all went well, 1 if it failed or verify found something wrong, 2 if the command
 line was wrong.";

@@ -12,10 +12,9 @@ use crate::nix::path_info::Trust;
 /// Say what a configuration means, or what is wrong with it
 ///
 /// Shows listeners, upstreams and keys as `muster serve` would use them, and warns of what some
-/// version of Nix reads otherwise. Nothing is changed or connected to. The status is 1 if the
-/// configuration cannot be used, and also if the machines file has a bad line: `muster serve` leaves
-/// the line out, but Nix refuses the whole file.
+/// version of Nix reads otherwise. Nothing is changed or connected to.
 #[derive(clap::Args, Debug)]
+#[command(after_long_help = AFTER_LONG_HELP)]
 pub struct Args {
     /// Configuration file, TOML or JSON [default: /etc/muster/muster.toml or config.toml, if there]
     #[arg(value_name = "FILE", env = "MUSTER_CONFIG")]
@@ -187,3 +186,17 @@ fn to_json(path: Option<&Path>, config: &Config) -> Value {
 fn strings<T: ToString>(values: &[T]) -> Value {
     values.iter().map(ToString::to_string).collect()
 }
+
+const AFTER_LONG_HELP: &str = "\
+JSON:
+  The form is stable: keys are added, never changed.
+    ok, config-file, listen[], compression, priority, cache-dir, cache-size, store-dir
+    upstreams[]     name, uri, source, trusted, trusted-public-keys (null where the operator's word is
+                    enough), systems, credentials-file, netrc-file, allowed-nar-hosts
+    keys[]          file, public-key; key-to-be-made: where `muster serve` would make one, or null
+    errors[]        bad lines of the machines file; or, alone beside ok, why nothing can be used
+    warnings[], notes[]
+
+Exit status: 0 if `muster serve` can use all of it, 1 if it cannot, and also if the machines file has a
+bad line (`muster serve` leaves the line out, but Nix refuses the whole file), 2 if the command line was
+wrong.";

@@ -6,6 +6,7 @@ use clap_complete::Shell;
 ///
 /// For example: muster completions bash > /etc/bash_completion.d/muster
 #[derive(clap::Args, Debug)]
+#[command(after_long_help = super::EXIT_STATUS)]
 pub struct Args {
     /// The shell
     #[arg(value_name = "SHELL")]

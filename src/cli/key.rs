@@ -86,10 +86,14 @@ fn public() -> anyhow::Result<()> {
 const GENERATE_HELP: &str = "\
 Examples:
   muster key generate laptop-muster-1 --secret-key-file secret-key --public-key-file secret-key.pub
-  muster key generate laptop-muster-1 --secret-key-file secret-key     (prints the public key)";
+  muster key generate laptop-muster-1 --secret-key-file secret-key     (prints the public key)
+
+Exit status: 0 if all went well, 1 if it failed, 2 if the command line was wrong.";
 
 const PUBLIC_HELP: &str = "\
 Example:
-  muster key public < /var/lib/muster/secret-key";
+  muster key public < /var/lib/muster/secret-key
+
+Exit status: 0 if all went well, 1 if it failed, 2 if the command line was wrong.";
 
 const INPUT_BYTES_MAX: usize = 4096;

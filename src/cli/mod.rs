@@ -131,4 +131,9 @@ const AFTER_LONG_HELP: &str = "\
 Start with `muster serve`: it finds the builders in /etc/nix/machines, makes a signing key, and \
 prints the lines that go into nix.conf.
 
-Exit status: 0 if all went well, 1 if it failed, 2 if the command line was wrong.";
+Exit status: 0 if all went well, 1 if it failed, 2 if the command line was wrong. Where a command says
+more with its status, its own help has it.";
+
+/// Of commands whose status says no more than whether they did it.
+const EXIT_STATUS: &str =
+    "Exit status: 0 if all went well, 1 if it failed, 2 if the command line was wrong.";

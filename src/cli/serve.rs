@@ -230,4 +230,6 @@ Environment:
 Files:
   /etc/muster/muster.toml        configuration, if it is there; else /etc/muster/config.toml
   /etc/nix/machines              builders
-  STATE_DIRECTORY/secret-key     the key made at the first start; its public half is beside it";
+  STATE_DIRECTORY/secret-key     the key made at the first start; its public half is beside it
+
+Exit status: 0 after a signal to stop, 1 if it could not start or go on, 2 if the command line was wrong.";

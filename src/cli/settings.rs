@@ -11,7 +11,7 @@ use crate::nix::store_uri::StoreUri;
 /// Which upstreams, keys and addresses are meant.
 #[derive(clap::Args, Clone, Debug, Default)]
 pub struct Settings {
-    /// Configuration file, TOML or JSON; flags win over it [default: /etc/muster/config.toml, if it is there]
+    /// Configuration file, TOML or JSON; flags win over it [default: /etc/muster/muster.toml or config.toml, if there]
     #[arg(long, value_name = "FILE", env = "MUSTER_CONFIG")]
     pub config: Option<PathBuf>,
     /// Where muster listens: ADDRESS:PORT or unix:PATH; may be repeated [default: 127.0.0.1:5000]

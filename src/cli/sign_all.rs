@@ -86,7 +86,7 @@ pub struct Args {
     #[arg(long = "former-public-key", value_name = "KEY", requires = "cache", value_parser = PublicKey::parse)]
     pub former_public_keys: Vec<PublicKey>,
 
-    /// With --cache: configuration that says whom to trust [default: /etc/muster/muster.toml, if it is there]
+    /// With --cache: configuration that says whom to trust [default: /etc/muster/muster.toml or config.toml, if there]
     #[arg(long, value_name = "FILE", env = "MUSTER_CONFIG")]
     pub config: Option<PathBuf>,
 

@@ -24,7 +24,7 @@ pub struct Args {
     /// The muster to ask: http://…, https://…, unix:PATH or HOST:PORT [default: where the configuration says that it listens]
     #[arg(long, value_name = "URL", value_parser = |text: &str| Server::parse(text).map(|_| text.to_owned()))]
     pub url: Option<String>,
-    /// Configuration file that says where it listens [default: /etc/muster/config.toml, if it is there]
+    /// Configuration file that says where it listens [default: /etc/muster/muster.toml or config.toml, if there]
     #[arg(long, value_name = "FILE", env = "MUSTER_CONFIG")]
     pub config: Option<PathBuf>,
     /// Show it again each SECONDS, until it is interrupted
@@ -317,19 +317,21 @@ Columns:
 
 JSON:
   --json prints what /healthz answers. The form is stable: keys are added, never changed.
-    status        ok, degraded (an upstream is sick), unreachable (no muster answers; error)
+    status        ok, degraded (an upstream is sick, or the cache cannot be used), unreachable (no
+                  muster answers; error)
     version, uptime-ms
     upstreams[]   uri, state (connecting, well, sick), trusted, peer, error, retry-in-ms,
                   last-error {error, age-ms}, latency-ms, asked, hits, found, refused, nars, nar-bytes
     narinfo       requests, memory-hits, found, prefetched, absent,
                   absent-without-full-knowledge, divergent, in-memory
-    nar           requests, bytes, absent, resumed, cut, corrupt
+    nar           requests, bytes, ahead, ahead-claimed, ahead-dropped, absent, resumed, cut, corrupt
     divergent[]   path, served, upstream, nar-hash
-    cache         only where NARs are kept on disk: entries, bytes, bytes-max, hits, misses (NARs
-                  asked for), degraded (why it cannot be used, or null)
+    cache         null where no NARs are kept on disk: entries, bytes, bytes-reserved, bytes-max,
+                  look-ups (paths known without their NAR), hits, misses (NARs asked for), recalled,
+                  fills, evictions, corrupt, degraded (why it cannot be used, or null)
 
 Exit status: 0 if all is well, 1 if no muster answers, 2 if the command line was wrong, 3 if an
-upstream is sick.";
+upstream is sick or the cache cannot be used.";
 
 #[cfg(test)]
 mod tests {
