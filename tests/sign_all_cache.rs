@@ -71,7 +71,7 @@ impl Scene {
         let daemon = format!("\"unix://{}\"", self.daemon.socket.display());
         let text = format!(
             "listen = [\"127.0.0.1:{}\"]\nmachines = false\nlocal-daemon = false\nstore-dir = {:?}\n\
-             cache-dir = {:?}\nsecret-key-files = [{:?}]\nupstreams = [{}]\n",
+             cache-dir = {:?}\ncompression = \"zstd\"\nsecret-key-files = [{:?}]\nupstreams = [{}]\n",
             self.port,
             self.builder.store_dir.as_str(),
             self.folder(),

@@ -1,5 +1,6 @@
 //! `muster serve`, running in a machine as an operator would run it.
 
+use std::fs;
 use std::path::PathBuf;
 
 use rustix::process::Signal;
@@ -40,6 +41,9 @@ impl<'m> Muster<'m> {
 
     /// Starts `muster serve` in an environment such as `A=1 B=2` and does not wait.
     pub fn start_with(machine: &'m Machine, environment: &str, args: &str) -> Self {
+        if std::env::var("MUSTER_TEST_AHEAD").is_ok_and(|set| set == "off") {
+            nothing_ahead(machine, args);
+        }
         let process = machine.spawn("muster", &format!("env {environment} muster serve {args}"));
         Self {
             machine,
@@ -195,6 +199,26 @@ impl Drop for Muster<'_> {
             eprintln!("{}: {}", self.machine.name, self.log());
         }
     }
+}
+
+/// Turns off in the configuration what is done before it is asked for, and what is known without a question.
+fn nothing_ahead(machine: &Machine, args: &str) {
+    let mut words = args.split_whitespace();
+    let named = words.find(|word| *word == "--config").and(words.next());
+    let file = named.unwrap_or("/etc/muster/muster.toml");
+    let said = fs::read_to_string(machine.path(file)).unwrap_or_default();
+    let mut text = String::new();
+    for line in [
+        "prefetch = false\n",
+        "catalog = false\n",
+        "local-store = \"daemon\"\n",
+    ] {
+        let (key, _) = line.split_once('=').expect("a key and its value");
+        if !said.lines().any(|l| l.starts_with(key)) {
+            text += line;
+        }
+    }
+    machine.write(file, &(text + &said));
 }
 
 /// What clients ask for to learn about a store path.
