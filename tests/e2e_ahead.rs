@@ -14,10 +14,10 @@ const FAR: Line = Line {
     bytes_per_second: 0,
 };
 
-/// Starts Muster with this configuration; what it warms up is warm.
+/// Starts Muster with this configuration and nothing kept of the one before; what it warms up is warm.
 fn start<'m>(client: &'m Machine, config: &str) -> Muster<'m> {
     client.write("/etc/muster.toml", config);
-    let mut muster = Muster::serve(client, "--config /etc/muster.toml");
+    let mut muster = Muster::serve(client, "--config /etc/muster.toml --cache-size 0");
     let well = |m: &mut Muster<'_>| m.get("/healthz").text().contains(r#""state":"well""#);
     assert!(eventually(20.0, || well(&mut muster)), "{}", muster.log());
     // Sessions for NARs and closures log in, too.
