@@ -239,7 +239,8 @@ impl<'s> Servers<'s> {
         let muster = scene.muster();
         let narinfos = scene.small[..scene.narinfos].iter();
         let hits = scene.targets("hits", narinfos.map(|p| narinfo_target(p)));
-        let absent = (0..1000).map(|n| narinfo_target(&small_name("absent", n, "")));
+        // So few that those which are believed for no longer, and asked for anew, are the exception.
+        let absent = (0..200).map(|n| narinfo_target(&small_name("absent", n, "")));
         let misses = scene.targets("misses", absent);
         let mut nginx = Vec::new();
         let mut serve = |name: &'static str, port: u16, root: &str, more: &str| {

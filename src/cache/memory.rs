@@ -48,6 +48,8 @@ pub struct Entry {
     checked: Checked,
     /// Seconds since the time in `checked` at which a holder was last told to keep the path, plus one; 0: never.
     kept: AtomicU64,
+    /// The same of when it was last noted that a client asks for it.
+    asked: AtomicU64,
 }
 
 /// When somebody was asked for what an entry says.
@@ -161,6 +163,7 @@ impl Entry {
             holders: Mutex::new(holders),
             checked,
             kept: AtomicU64::new(0),
+            asked: AtomicU64::new(0),
         }
     }
 
@@ -173,6 +176,7 @@ impl Entry {
             holders: Mutex::new(self.holders()),
             checked: self.checked,
             kept: AtomicU64::new(self.kept.load(Ordering::Relaxed)),
+            asked: AtomicU64::new(self.asked.load(Ordering::Relaxed)),
         }
     }
 
@@ -202,13 +206,23 @@ impl Entry {
     ///
     /// True for one caller in each `interval`.
     pub fn keep_is_due(&self, interval: Duration, now: Instant) -> bool {
+        self.is_due(&self.kept, interval, now)
+    }
+
+    /// Tells whether it is time to note that a client asks for this, and notes that it is done.
+    ///
+    /// True for one caller in each `interval`.
+    pub fn asking_is_news(&self, interval: Duration, now: Instant) -> bool {
+        self.is_due(&self.asked, interval, now)
+    }
+
+    fn is_due(&self, last: &AtomicU64, interval: Duration, now: Instant) -> bool {
         let (Checked::At(since) | Checked::Earlier(since)) = self.checked;
         let seconds = now.saturating_duration_since(since).as_secs() + 1;
-        let kept = self.kept.load(Ordering::Relaxed);
-        let due = kept == 0 || seconds.saturating_sub(kept) >= interval.as_secs().max(1);
-        due && self
-            .kept
-            .compare_exchange(kept, seconds, Ordering::Relaxed, Ordering::Relaxed)
+        let done = last.load(Ordering::Relaxed);
+        let due = done == 0 || seconds.saturating_sub(done) >= interval.as_secs().max(1);
+        due && last
+            .compare_exchange(done, seconds, Ordering::Relaxed, Ordering::Relaxed)
             .is_ok()
     }
 

@@ -1,6 +1,7 @@
 //! A narinfo request: what is kept, else all upstreams at once, the first trusted answer wins.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
@@ -39,9 +40,11 @@ pub(super) async fn entry(
             counter.increment();
         }
     };
-    let note = |wanted| {
-        if wanted == Wanted::NarInfo {
-            shared.ahead.note_asked(hash, now());
+    // Under a lock of all, so not with each of many requests for the same.
+    let note = |entry: &Entry| {
+        let now = now();
+        if wanted == Wanted::NarInfo && entry.asking_is_news(NOTED_FOR, now) {
+            shared.ahead.note_asked(hash, now);
         }
     };
     loop {
@@ -53,7 +56,7 @@ pub(super) async fn entry(
                     revalidate(shared, hash, &entry);
                 }
                 shared.keep(hash, &entry, asked);
-                note(wanted);
+                note(&entry);
                 return Some(entry);
             }
             Lookup::Absent => {
@@ -75,7 +78,7 @@ pub(super) async fn entry(
         if let Some(answer) = shared.flights.join(hash, lead).await {
             if let Some(entry) = &answer {
                 shared.keep(hash, entry, now());
-                note(wanted);
+                note(entry);
             }
             return match (answer, wanted) {
                 // A narinfo's "no" is quick; a NAR was promised to somebody once.
@@ -279,3 +282,5 @@ async fn ask_again(shared: &Arc<Shared>, hash: StorePathHash, entry: &Arc<Entry>
 
 /// Revalidations at once; more wait for the next request.
 const REVALIDATING_MAX: usize = 1000;
+/// Far less than what is noted is remembered for.
+const NOTED_FOR: Duration = Duration::from_secs(2);

@@ -95,7 +95,7 @@ impl Options {
             queue_max: 8192,
             retry_after: Duration::from_secs(30),
             free_bytes_min: 64 << 20,
-            index_cache_bytes: 8 << 20,
+            index_cache_bytes: 2 << 20,
         }
     }
 }
