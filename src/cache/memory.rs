@@ -1,11 +1,12 @@
 //! Answers in memory: finished narinfo texts, bounded by bytes, and for seconds what was not there.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use moka::sync::Cache;
+use smallvec::SmallVec;
 
 use crate::nix::hash::NarHash;
 use crate::nix::store_path::StorePathHash;
@@ -41,16 +42,19 @@ pub struct Entry {
     pub text: Bytes,
     /// The NAR hash that the text names; what is served under it never changes.
     pub nar_hash: NarHash,
-    /// The NAR that is kept here, which the text then names; nothing is kept under it but these bytes.
-    pub file: Option<NarFile>,
+    /// The NAR that is kept here; behind a pointer, as most have none.
+    file: Option<Box<NarFile>>,
     /// Upstreams that said they have exactly this NAR, in the order of their answers.
-    holders: Mutex<Vec<UpstreamId>>,
+    holders: Mutex<Holders>,
     checked: Checked,
     /// Seconds since the time in `checked` at which a holder was last told to keep the path, plus one; 0: never.
     kept: AtomicU64,
     /// The same of when it was last noted that a client asks for it.
     asked: AtomicU64,
 }
+
+/// As many as there mostly are without memory of their own.
+type Holders = SmallVec<[UpstreamId; 8]>;
 
 /// When somebody was asked for what an entry says.
 #[derive(Clone, Copy, Debug)]
@@ -159,8 +163,8 @@ impl Entry {
         Self {
             text,
             nar_hash,
-            file,
-            holders: Mutex::new(holders),
+            file: file.map(Box::new),
+            holders: Mutex::new(holders.into()),
             checked,
             kept: AtomicU64::new(0),
             asked: AtomicU64::new(0),
@@ -172,8 +176,8 @@ impl Entry {
         Self {
             text,
             nar_hash: self.nar_hash,
-            file,
-            holders: Mutex::new(self.holders()),
+            file: file.map(Box::new),
+            holders: Mutex::new(self.lock().clone()),
             checked: self.checked,
             kept: AtomicU64::new(self.kept.load(Ordering::Relaxed)),
             asked: AtomicU64::new(self.asked.load(Ordering::Relaxed)),
@@ -182,7 +186,12 @@ impl Entry {
 
     /// Returns the known holders, in the order of their answers.
     pub fn holders(&self) -> Vec<UpstreamId> {
-        self.lock().clone()
+        self.lock().to_vec()
+    }
+
+    /// Returns the NAR that is kept here, which the text then names; nothing is kept under it but these bytes.
+    pub fn file(&self) -> Option<NarFile> {
+        self.file.as_deref().copied()
     }
 
     /// Records a further holder of exactly this NAR; `false` when it was known.
@@ -226,7 +235,7 @@ impl Entry {
             .is_ok()
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<UpstreamId>> {
+    fn lock(&self) -> MutexGuard<'_, Holders> {
         self.holders.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

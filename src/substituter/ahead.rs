@@ -279,7 +279,7 @@ impl Pull {
             let hash = info.path.hash();
             let small = info.nar_size <= self.options.nar_bytes_max;
             let known = self.shared.cache.get(hash, now());
-            let kept = matches!(known, Lookup::Present(entry, _) if entry.file.is_some());
+            let kept = matches!(known, Lookup::Present(entry, _) if entry.file().is_some());
             // One that is gone from there was begun by a client meanwhile, or is another pull's.
             small && !kept && state.asked.remove(hash) && state.queued.insert(hash)
         });

@@ -270,7 +270,7 @@ async fn ask_again(shared: &Arc<Shared>, hash: StorePathHash, entry: &Arc<Entry>
                 fresh.add_holder(id);
             }
         }
-    } else if !holders.is_empty() || entry.file.is_some() {
+    } else if !holders.is_empty() || entry.file().is_some() {
         // No holder contradicts it, or its NAR is here: believed for another while.
         shared.extend(&setup, hash, entry, &holders, now);
     } else if let Some((member, info)) = other {

@@ -266,7 +266,13 @@ impl Shared {
         now: Instant,
     ) {
         let (text, holders) = (entry.text.clone(), holders.to_vec());
-        let fresh = Entry::new(text, entry.nar_hash, entry.file, holders, Checked::At(now));
+        let fresh = Entry::new(
+            text,
+            entry.nar_hash,
+            entry.file(),
+            holders,
+            Checked::At(now),
+        );
         self.if_current(setup, || self.cache.commit(hash, Arc::new(fresh)));
     }
 

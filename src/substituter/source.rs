@@ -56,7 +56,7 @@ impl Source {
         let (info, holders, waiting, others) = if entry.nar_hash == url.nar_hash {
             let holders = entry.holders();
             let members = holders.iter().filter_map(|id| setup.member(*id).cloned());
-            let kept = shared.kept.as_ref().filter(|_| entry.file.is_some());
+            let kept = shared.kept.as_ref().filter(|_| entry.file().is_some());
             let kept = kept.map(|kept| Arc::clone(&kept.member));
             let waiting = kept.into_iter().chain(members).collect();
             (setup.parse(entry)?, Some(holders), waiting, None)

@@ -218,7 +218,7 @@ impl Checked {
 
 /// Opens the kept file of a NAR, where its bytes are what the URL means.
 fn kept(shared: &Shared, url: &NarUrl, entry: &Entry) -> Option<Nar> {
-    let file = entry.file.filter(|_| entry.nar_hash == url.nar_hash)?;
+    let file = entry.file().filter(|_| entry.nar_hash == url.nar_hash)?;
     if url.encoding != Encoding::Zstd || url.file_hash.is_some_and(|hash| hash != file.hash) {
         return None;
     }
