@@ -65,6 +65,12 @@ fn narinfo(info: &PathInfo) -> String {
     format!("/{}.narinfo", info.path.hash())
 }
 
+/// What a muster offers to others.
+async fn offers(muster: &Muster) -> Option<String> {
+    let answer = get(muster.address(), "/nix-cache-info").await;
+    answer.header("muster-offers").map(str::to_owned)
+}
+
 fn member(number: u16, upstream: Arc<dyn Upstream>) -> Member {
     let options = health::Options::default();
     let id = UpstreamId(number);
@@ -103,11 +109,13 @@ async fn peer(number: u16, address: SocketAddr) -> Member {
 async fn two() -> [(Muster, Arc<Scripted>); 2] {
     let [a, b] = [Muster::new().await, Muster::new().await];
     let [own_a, own_b] = ["a", "b"].map(Scripted::new);
-    for (muster, own, other) in [(&a, &own_a, &b), (&b, &own_b, &a)] {
-        muster.ask(vec![
-            member(0, Arc::clone(own) as Arc<dyn Upstream>).of_own_store(true),
-            peer(1, other.address()).await,
-        ]);
+    let own =
+        |own: &Arc<Scripted>| member(0, Arc::clone(own) as Arc<dyn Upstream>).of_own_store(true);
+    // What a muster offers is read when it is met, so each has its store by then.
+    a.ask(vec![own(&own_a)]);
+    b.ask(vec![own(&own_b)]);
+    for (muster, store, other) in [(&a, &own_a, &b), (&b, &own_b, &a)] {
+        muster.ask(vec![own(store), peer(1, other.address()).await]);
     }
     [(a, own_a), (b, own_b)]
 }
@@ -202,6 +210,57 @@ async fn a_muster_without_a_store_of_its_own_has_nothing_for_another() {
     let answer = request(muster.address(), "GET", &narinfo(&info), OWN_STORE).await;
     assert_eq!(answer.status, 404);
     assert_eq!(muster.narinfo(&info).await.status, 200);
+    assert_eq!(offers(&muster).await, None);
+    muster.ask(vec![
+        member(0, Arc::clone(&builder) as Arc<dyn Upstream>).of_own_store(true),
+    ]);
+    assert_eq!(offers(&muster).await.as_deref(), Some("own-store"));
+}
+
+/// So a laptop's muster may name that of an office, which gathers builders and has no store.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_muster_without_a_store_of_its_own_is_asked_as_any_cache() {
+    let [laptop, office] = [Muster::new().await, Muster::new().await];
+    let builder = Scripted::new("builder");
+    office.ask(vec![member(0, Arc::clone(&builder) as Arc<dyn Upstream>)]);
+    laptop.ask(vec![peer(0, office.address()).await]);
+    let (info, nar) = path(1, 3000, &[]);
+    builder.add(&info, &nar);
+    let found = laptop.narinfo(&info).await;
+    assert_eq!(found.status, 200);
+    let got = get(laptop.address(), &nar_target(&found)).await;
+    assert!(got.status == 200 && got.body == nar);
+}
+
+/// Both are asked as any cache is, until the question that comes back tells each what the other leads to.
+#[tokio::test(flavor = "multi_thread")]
+async fn two_without_stores_that_name_each_other_do_not_go_round() {
+    let [a, b] = [Muster::new().await, Muster::new().await];
+    let builder = Scripted::new("builder");
+    let (info, nar) = path(1, 3000, &[]);
+    builder.add(&info, &nar);
+    a.ask(vec![
+        member(0, Arc::clone(&builder) as Arc<dyn Upstream>),
+        peer(1, b.address()).await,
+    ]);
+    b.ask(vec![peer(1, a.address()).await]);
+    for muster in [&a, &b] {
+        drop(tokio::time::timeout(Duration::from_secs(2), muster.substituter.care()).await);
+    }
+    assert!(a.substituter.setup().members[1].is_ourselves());
+    let before = a.asked() + b.asked();
+    let begun = Instant::now();
+    for number in 0..50 {
+        let (info, _) = path(100 + number, 10, &[]);
+        assert_eq!(a.narinfo(&info).await.status, 404);
+        assert_eq!(b.narinfo(&info).await.status, 404);
+    }
+    let took = begun.elapsed();
+    assert!(took < Duration::from_secs(5), "{took:?}");
+    // Ours, and at most one of each from the one to the other.
+    let asked = a.asked() + b.asked() - before;
+    assert!((100..=150).contains(&asked), "{asked}");
+    assert_eq!(a.narinfo(&info).await.status, 200);
 }
 
 /// One that names itself is found out all the same, though it asks for the own store alone.
@@ -209,6 +268,10 @@ async fn a_muster_without_a_store_of_its_own_has_nothing_for_another() {
 async fn a_muster_that_names_itself_finds_itself_out() {
     let muster = Muster::new().await;
     let own = Scripted::new("own");
+    muster.ask(vec![
+        member(0, Arc::clone(&own) as Arc<dyn Upstream>).of_own_store(true),
+    ]);
+    assert_eq!(offers(&muster).await.as_deref(), Some("own-store"));
     muster.ask(vec![
         member(0, Arc::clone(&own) as Arc<dyn Upstream>).of_own_store(true),
         peer(1, muster.address()).await,

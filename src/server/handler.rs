@@ -21,7 +21,7 @@ use super::error::Error;
 use super::range;
 use super::response::{self, Body};
 use super::route::Route;
-use super::scope::Scope;
+use super::scope::{OWN_STORE, Scope};
 use super::splice::{FileBody, FileQueue};
 
 /// Answers requests.
@@ -76,10 +76,9 @@ impl Handler {
             Route::Nar(url) => this.nar(&url, &request, files).await,
             Route::CacheInfo => {
                 let text = this.info.borrow().cache_info.clone();
-                Ok(response::named(response::whole(
-                    "text/x-nix-cache-info",
-                    text,
-                )))
+                let offer = self.substituter.has_own_store().then_some(OWN_STORE);
+                let answer = response::whole("text/x-nix-cache-info", text);
+                Ok(response::named(answer, offer))
             }
             Route::Log(derivation) => {
                 let log = this.substituter.build_log(&derivation).await;

@@ -13,7 +13,7 @@ use hyper::{Response, StatusCode};
 use crate::substituter::transfer;
 
 use super::error::Error;
-use super::scope::{OFFERS, OWN_STORE};
+use super::scope::OFFERS;
 use super::splice::FileBody;
 
 /// The body of a response.
@@ -119,12 +119,14 @@ pub fn with_range(
     response
 }
 
-/// Says what answers, once per cache: other musters look for it.
-pub fn named(mut response: Response<Body>) -> Response<Body> {
+/// Says what answers and what it offers, once per cache: other musters look for it.
+pub fn named(mut response: Response<Body>, offer: Option<&'static str>) -> Response<Body> {
     let name = HeaderValue::from_static(concat!("muster/", env!("CARGO_PKG_VERSION")));
     response.headers_mut().insert(header::SERVER, name);
-    let offers = HeaderValue::from_static(OWN_STORE);
-    response.headers_mut().insert(OFFERS, offers);
+    if let Some(offer) = offer {
+        let offer = HeaderValue::from_static(offer);
+        response.headers_mut().insert(OFFERS, offer);
+    }
     response
 }
 

@@ -7,7 +7,8 @@
 //!
 //! A muster sends the second to whoever answers with the first, and to nobody else. So a question goes from one
 //! muster to the next and no further, whatever they name as their upstreams. A muster without a store of its own
-//! has nothing for others. Other values mean nothing, and the request is answered as any other.
+//! does not offer it and is asked as any cache is; musters of that kind that name each other find out by a
+//! question that comes back. Other values mean nothing, and the request is answered as any other.
 
 use hyper::HeaderMap;
 

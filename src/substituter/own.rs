@@ -31,6 +31,12 @@ impl Substituter {
         }
     }
 
+    /// Tells whether this machine's own store is among the upstreams.
+    pub fn has_own_store(&self) -> bool {
+        let setup = self.shared.setup();
+        setup.members.iter().any(|member| member.is_own_store())
+    }
+
     /// Returns whose cache and transfers bring NARs.
     pub(super) fn carrier(&self) -> &Arc<Shared> {
         self.all.as_ref().unwrap_or(&self.shared)
