@@ -312,7 +312,7 @@ impl Builder {
             .spawn()
             .unwrap();
         let daemon = Daemon { socket, child };
-        wait_for("nix-daemon", || daemon.socket.exists());
+        wait_for("nix-daemon", || daemon.listens());
         daemon
     }
 
@@ -438,6 +438,16 @@ impl Drop for Sshd {
 }
 
 impl Daemon {
+    /// Whether it can be connected to; the file of its socket is there a little earlier.
+    fn listens(&self) -> bool {
+        let sockets = fs::read_to_string("/proc/net/unix").unwrap();
+        let socket = self.socket.to_str().unwrap();
+        let listening = |line: &str| {
+            line.split_whitespace().nth(3) == Some("00010000") && line.ends_with(socket)
+        };
+        sockets.lines().any(listening)
+    }
+
     /// The processes that carry connections.
     pub fn sessions(&self) -> Vec<i32> {
         children(self.child.id())

@@ -73,7 +73,7 @@ impl RootedStore<'_> {
         let child = command.stdin(Stdio::null()).stderr(Stdio::null()).spawn();
         let child = child.expect("nix-daemon is needed");
         let daemon = Daemon { socket, child };
-        wait_for("nix-daemon", || daemon.socket.exists());
+        wait_for("nix-daemon", || daemon.listens());
         assert!(children(daemon.child.id()).is_empty());
         daemon
     }

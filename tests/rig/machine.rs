@@ -220,6 +220,15 @@ impl Machine {
             .any(|table| table.lines().any(listening))
     }
 
+    /// Whether a Unix socket is listened on; its file is there a little earlier.
+    pub(super) fn listens_on(&self, socket: &str) -> bool {
+        let table = fs::read_to_string(format!("/proc/{}/net/unix", self.pid));
+        let listening = |line: &str| {
+            line.split_whitespace().nth(3) == Some("00010000") && line.ends_with(socket)
+        };
+        table.is_ok_and(|table| table.lines().any(listening))
+    }
+
     fn inside(&self) -> Command {
         let mut command = Command::new("nsenter");
         command

@@ -81,9 +81,9 @@ impl Machine {
     /// Starts nix-daemon.
     pub fn daemon(&self) -> &Self {
         let daemon = self.spawn("nix-daemon", "nix-daemon");
-        let socket = self.path("nix/var/nix/daemon-socket/socket");
+        let socket = "/nix/var/nix/daemon-socket/socket";
         assert!(
-            eventually(10.0, || socket.exists()),
+            eventually(10.0, || self.listens_on(socket)),
             "{}: nix-daemon: {}",
             self.name,
             daemon.err()
