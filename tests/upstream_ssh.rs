@@ -376,7 +376,8 @@ async fn roots_survive_the_loss_of_their_connection() {
     assert!(upstream.keep(&kept).await.unwrap());
     sshd.kill_sessions();
     wait_for_async(|| sshd.sessions().len() >= 2).await;
-    sleep(Duration::from_secs(1)).await;
+    sleep(Duration::from_secs(2)).await;
+    up(&upstream).await;
     builder.collect_garbage();
     assert!(has(&upstream, &kept).await);
     assert!(upstream.keep(&kept).await.unwrap());
