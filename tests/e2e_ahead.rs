@@ -109,8 +109,13 @@ fn whole_closures_are_asked_for_where_a_builder_is_far_and_lets_us() {
 
     builder.heal();
     builder.sshd_with("");
-    let muster = start(&client, "log = \"muster=debug\"");
-    muster.await_log(10.0, "worth_it=false");
+    // On a loaded machine a near builder may seem far for once.
+    let near = (0..5).find_map(|_| {
+        let muster = start(&client, "log = \"muster=debug\"");
+        muster.await_log(10.0, "worth_it=");
+        muster.log().contains("worth_it=false").then_some(muster)
+    });
+    let muster = near.expect("a near builder is found to be near");
     assert!(servers(&builder).is_empty());
     fetch(&client, &builder, &top, &muster);
 }
