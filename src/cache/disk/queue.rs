@@ -9,6 +9,7 @@ use tokio::sync::oneshot;
 
 use super::super::backend::{Error, NarFile, Record};
 use super::super::nar_name::NarName;
+use super::super::stamp::Stamp;
 use super::folder::Temp;
 use super::resign::Tally;
 use super::shared::Reservation;
@@ -59,6 +60,8 @@ pub struct Commit {
     pub temp: Temp,
     /// Whether its bytes are on disk already.
     pub synced: bool,
+    /// What tells that it was changed since; `None` where the file system does not.
+    pub stamp: Option<Stamp>,
     /// What is known of it; the file is there.
     pub record: Record,
     /// The narinfo, with its grounds.
