@@ -168,6 +168,14 @@ impl Queue {
         self.changed.notify_all();
     }
 
+    /// Sleeps, until the writer is told to end.
+    pub fn sleep(&self, duration: Duration) {
+        let goes_on = |waiting: &mut Waiting| !waiting.stopped;
+        _ = self
+            .changed
+            .wait_timeout_while(self.lock(), duration, goes_on);
+    }
+
     /// Tells whether the writer was told to end.
     pub fn is_stopped(&self) -> bool {
         self.lock().stopped

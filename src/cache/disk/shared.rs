@@ -5,7 +5,8 @@ use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tracing::{info, warn};
 
@@ -49,6 +50,8 @@ pub struct Shared {
     proven: Mutex<HashMap<StorePathHash, Stamp>>,
     /// Who signs now. Held for the moment of cloning alone.
     signing: RwLock<Option<Arc<Signing>>>,
+    /// Background passes that began. No other lock is taken under it.
+    passes: Mutex<Vec<JoinHandle<()>>>,
     reserved: AtomicU64,
     clock: AtomicU64,
     /// Counts since the start.
@@ -103,6 +106,7 @@ impl Shared {
             condemned: Mutex::default(),
             proven: Mutex::default(),
             signing: RwLock::new(None),
+            passes: Mutex::default(),
             reserved: AtomicU64::new(0),
             clock: AtomicU64::new(0),
             counts: Counts::default(),
@@ -136,6 +140,34 @@ impl Shared {
     /// Takes over what the index counts after a write.
     pub fn set_totals(&self, totals: Totals) {
         *lock(&self.totals) = totals;
+    }
+
+    /// Begins a background pass in a thread of its own, which ends soon after the queue was stopped.
+    pub fn start(&self, name: &str, pass: impl FnOnce() + Send + 'static) -> io::Result<()> {
+        let mut passes = lock(&self.passes);
+        passes.retain(|pass| !pass.is_finished());
+        let builder = std::thread::Builder::new().name(name.to_owned());
+        passes.push(builder.spawn(pass)?);
+        Ok(())
+    }
+
+    /// Waits until nobody uses the index any more, after the queue was stopped: until then its file is locked.
+    pub fn close(&self) {
+        let passes = std::mem::take(&mut *lock(&self.passes));
+        for pass in passes {
+            if pass.join().is_err() {
+                warn!("a background pass of the cache ended by a panic");
+            }
+        }
+        let index = self.index();
+        self.set_index(None);
+        // Who just looks something up is done in microseconds.
+        for _ in 0..CLOSE_TRIES {
+            if index.as_ref().is_none_or(|i| Arc::strong_count(i) == 1) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// Returns what is known of a path: by the index, or by its narinfo while that is not all in.
@@ -437,3 +469,6 @@ pub fn concerns_all(error: &io::Error) -> bool {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+/// Milliseconds.
+const CLOSE_TRIES: u32 = 1000;

@@ -390,9 +390,9 @@ struct Ended(Arc<Shared>);
 impl Drop for Ended {
     fn drop(&mut self) {
         self.0.readable.store(false, Ordering::Release);
-        self.0.set_index(None);
         self.0.queue.stop();
         drop(self.0.queue.take(Duration::ZERO));
+        self.0.close();
     }
 }
 
