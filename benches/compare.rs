@@ -200,12 +200,25 @@ impl Scene {
         load::load(&self.m, targets, port, connections, secs)
     }
 
+    /// GB that one server sends in a round of [`LARGE`].
+    fn large_gb(&self) -> f64 {
+        f64::from(self.large_mb) * 1.048_576e-3 * LARGE_TIMES as f64
+    }
+
+    /// GB that one server sends in a round of [`EIGHT`].
+    fn medium_gb(&self) -> f64 {
+        f64::from(self.medium_mb) * 1.048_576e-3 * (self.medium.len() * EIGHT_TIMES) as f64
+    }
+
     fn about(&self, options: &Options) -> String {
         let cores = thread::available_parallelism().map_or(0, std::num::NonZero::get);
         format!(
-            "{} pairs, {} s of load each, servers, load and clients on {cores} cores; {}; {}; load {}",
+            "{} pairs, {} s of load each, cached NARs of 500 and 20 MB: {:.1} and {:.1} GB on the wire from each server; \
+             servers, load and clients on {cores} cores; {}; {}; load {}",
             options.pairs,
             options.load_secs,
+            self.large_gb() * options.pairs as f64,
+            self.medium_gb() * options.pairs as f64,
             self.m.run("nginx -v").err.trim(),
             self.b.run("nix --version").out.trim(),
             fs::read_to_string("/proc/loadavg")
@@ -356,15 +369,15 @@ impl<'s> Servers<'s> {
     fn nars(&self, scene: &Scene, round: usize, figures: &mut Figures) {
         let servers = [&self.narinfo[0], &self.files];
         for server in in_turn(&servers, round) {
-            let targets = vec![self.nars[&scene.large].clone(); 2];
-            let gb = f64::from(scene.large_mb) * 1.048_576e-3 * 2.0;
+            let targets = vec![self.nars[&scene.large].clone(); LARGE_TIMES];
+            let gb = scene.large_gb();
             let cpu = fetch(&scene.m, server, &targets, 1);
             figures.add(LARGE, "", server.name, Unit::SecondsPerGb, cpu / gb);
         }
         for server in in_turn(&servers, round) {
             let once: Vec<_> = scene.medium.iter().map(|p| self.nars[p].clone()).collect();
-            let targets: Vec<_> = std::iter::repeat_n(once, 6).flatten().collect();
-            let gb = f64::from(scene.medium_mb) * 1.048_576e-3 * targets.len() as f64;
+            let targets: Vec<_> = std::iter::repeat_n(once, EIGHT_TIMES).flatten().collect();
+            let gb = scene.medium_gb();
             let cpu = fetch(&scene.m, server, &targets, 8);
             figures.add(EIGHT, "", server.name, Unit::SecondsPerGb, cpu / gb);
         }
@@ -559,6 +572,10 @@ fn in_turn<T>(all: &[T], round: usize) -> Vec<&T> {
     }
     turn
 }
+
+/// How often a round fetches the large NAR, and the eight of 20 MB: with 11 pairs more than 10 GB of each.
+const LARGE_TIMES: usize = 2;
+const EIGHT_TIMES: usize = 6;
 
 const MUSTER: &str = "muster";
 const NGINX: &str = "nginx";

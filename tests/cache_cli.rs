@@ -253,6 +253,36 @@ async fn clear_leaves_what_is_not_ours() {
     cache.stop().await;
 }
 
+/// On a terminal each says how far it is, and the answer stands alone in the end.
+#[tokio::test]
+async fn progress_is_shown_on_a_terminal() {
+    let place = tempfile::tempdir().unwrap();
+    filled(place.path(), 60).await;
+    for (command, word) in [
+        ("stats", "counting"),
+        ("verify", "verifying"),
+        ("gc --max-size 100K", "looking"),
+        ("clear", "removing"),
+    ] {
+        let line = format!(
+            "{} cache {command} --cache-dir {} --json >{}",
+            env!("CARGO_BIN_EXE_muster"),
+            place.path().display(),
+            place.path().join("answer").display()
+        );
+        let mut script = Command::new("script");
+        script.args(["--quiet", "--return", "--command", &line, "/dev/null"]);
+        let shown = script.env("TERM", "xterm").output();
+        let shown = shown.expect("script, of util-linux, is needed for this test");
+        let text = String::from_utf8_lossy(&shown.stdout).into_owned();
+        assert!(shown.status.success(), "{command}: {text}");
+        assert!(text.contains(word), "{command}: {text:?}");
+        let answer = fs::read_to_string(place.path().join("answer")).unwrap();
+        let answer: Value = serde_json::from_str(&answer).expect("it is JSON");
+        assert!(answer.is_object(), "{command}: {answer}");
+    }
+}
+
 #[test]
 fn a_folder_that_is_no_cache_is_said() {
     let place = tempfile::tempdir().unwrap();

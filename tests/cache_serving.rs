@@ -14,6 +14,8 @@ use bytes::Bytes;
 use muster::cache::backend::Backend;
 use muster::cache::disk::{self, DiskCache};
 use muster::cache::memory_backend::MemoryBackend;
+use muster::cache::nar_name::NarName;
+use muster::cache::stamp::Content;
 use muster::codec::compression::Encoding;
 use muster::nix::narinfo::{Compression, NarInfo};
 use muster::nix::path_info::{PathInfo, Trust};
@@ -701,6 +703,101 @@ async fn files_that_are_damaged_behind_our_back_are_cut_removed_and_fetched_agai
         .await
         .expect("it is noted, too");
     assert_eq!(get(served.address, &plain).await.body, nar);
+}
+
+/// What is served as it is, is read before if it may have changed: the size does not tell.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kept_file_that_was_overwritten_is_given_rightly_and_made_anew() {
+    for size in SIZES {
+        let dir = tempfile::tempdir().unwrap();
+        let a = Scripted::new("a");
+        let (info, nar) = path(1, size, &[]);
+        a.add(&info, &nar);
+        let mut backend = on_disk(dir.path());
+        let mut substituter = over(std::slice::from_ref(&a), &backend);
+        let mut served = serve(substituter.clone()).await;
+        let plain = nar_target(&get(served.address, &narinfo_target(&info)).await);
+        get(served.address, &plain).await;
+        for (round, restarted) in [false, true, false].into_iter().enumerate() {
+            let target = kept(served.address, &info).await;
+            let file: PathBuf = dir.path().join(target.trim_start_matches('/'));
+            if restarted {
+                substituter.stop().await;
+            }
+            let open = std::fs::OpenOptions::new().write(true).open(&file).unwrap();
+            let middle = std::fs::metadata(&file).unwrap().len() / 2;
+            open.write_all_at(&[0x55; 8], middle).unwrap();
+            if restarted {
+                backend = on_disk(dir.path());
+                substituter = over(std::slice::from_ref(&a), &backend);
+                served = serve(substituter.clone()).await;
+            }
+            // Round 2 asks for what clients remember from before it was kept.
+            let asked = if round == 2 { &plain } else { &target };
+            let answer = get(served.address, asked).await;
+            assert!(answer.status == 200 && !answer.cut, "{size}, round {round}");
+            let got = match round {
+                2 => answer.body,
+                _ => unzstd(&answer.body),
+            };
+            assert!(got == nar, "{size}, round {round}");
+            let corrupt = if restarted { 1 } else { round as u64 / 2 + 1 };
+            let noted = async {
+                while backend.stats().corrupt < corrupt {
+                    sleep(Duration::from_millis(5)).await;
+                }
+            };
+            let noted = timeout(Duration::from_secs(5), noted).await;
+            noted.expect("it is noted");
+            get(served.address, &plain).await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kept_file_is_read_again_only_if_it_changed() {
+    let dir = tempfile::tempdir().unwrap();
+    let a = Scripted::new("a");
+    let (info, nar) = path(1, SIZES[1], &[]);
+    a.add(&info, &nar);
+    let substituter = over(std::slice::from_ref(&a), &on_disk(dir.path()));
+    let served = serve(substituter.clone()).await;
+    let plain = nar_target(&get(served.address, &narinfo_target(&info)).await);
+    get(served.address, &plain).await;
+    let target = kept(served.address, &info).await;
+    a.down();
+    substituter.stop().await;
+    let file: PathBuf = dir.path().join(target.trim_start_matches('/'));
+    let name = NarName::parse(target.rsplit('/').next().unwrap()).unwrap();
+    let content = |backend: &Arc<dyn Backend>| backend.open(&name).unwrap().unwrap().content;
+    let served = async |backend: &Arc<dyn Backend>| {
+        let substituter = over(std::slice::from_ref(&a), backend);
+        let served = serve(substituter.clone()).await;
+        assert!(unzstd(&get(served.address, &target).await.body) == nar);
+        substituter
+    };
+    let backend = on_disk(dir.path());
+    assert_eq!(content(&backend), Content::Unchanged, "over a restart");
+    served(&backend).await.stop().await;
+
+    // Copied from elsewhere, say: read once, and known from then on, over a restart, too.
+    let touched = std::fs::File::options().write(true).open(&file).unwrap();
+    let earlier = std::time::SystemTime::now() - Duration::from_secs(3600);
+    touched.set_modified(earlier).unwrap();
+    let backend = on_disk(dir.path());
+    assert!(matches!(content(&backend), Content::Unknown(Some(_))));
+    let substituter = served(&backend).await;
+    assert_eq!(content(&backend), Content::Unchanged);
+    substituter.stop().await;
+    let backend = on_disk(dir.path());
+    assert_eq!(content(&backend), Content::Unchanged);
+    backend.stop().await;
+
+    // Without its index it is not known.
+    std::fs::remove_file(dir.path().join(".muster/index.redb")).unwrap();
+    let backend = on_disk(dir.path());
+    assert!(matches!(content(&backend), Content::Unknown(Some(_))));
+    served(&backend).await.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -73,6 +73,16 @@ fn fetched_once_a_path_needs_no_builder_and_outlives_a_restart() {
     fetch(&client, &b1, &paths, &muster);
     muster.stop();
     client.folder_verifies(&key);
+    // And by Nix alone, of the version that the client has.
+    client.fresh_store();
+    client.configure(&format!("trusted-public-keys = {key}"));
+    let all = paths.join("' '");
+    let copy = format!("nix copy --from file://{FOLDER} '{all}'");
+    client.run(&copy).ok();
+    assert_eq!(client.nar_hashes(&paths), b1.nar_hashes(&paths));
+    client.fresh_store();
+    client.configure("trusted-public-keys = ");
+    client.run(&copy).failed();
 }
 
 #[test]

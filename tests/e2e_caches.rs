@@ -169,14 +169,18 @@ fn credentials_from_files_open_a_cache_and_leave_no_trace() {
     let _nginx = nginx(&store);
     let client = lab.client(&[]);
     client.write("/etc/credentials", "me:hunter2\n");
+    client.write("/etc/token", "hunter2-token\n");
     client.write("/etc/netrc", "machine store login me password hunter2\n");
-    for (credentials, status) in [
-        ("credentials-file = \"/etc/credentials\"", 200),
-        ("netrc-file = \"/etc/netrc\"", 200),
-        ("name = \"without\"", 404),
+    for (folder, credentials, status) in [
+        ("private", "credentials-file = \"/etc/credentials\"", 200),
+        ("private", "netrc-file = \"/etc/netrc\"", 200),
+        ("private", "name = \"without\"", 404),
+        ("token", "credentials-file = \"/etc/token\"", 200),
+        ("token", "credentials-file = \"/etc/credentials\"", 404),
     ] {
+        client.wipe_kept();
         let table = format!(
-            "[[upstreams]]\nuri = \"http://store/private/zstd\"\ntrusted-public-keys = [\"{key}\"]\n{credentials}\n"
+            "[[upstreams]]\nuri = \"http://store/{folder}/zstd\"\ntrusted-public-keys = [\"{key}\"]\n{credentials}\n"
         );
         client.write("/etc/muster.toml", &table);
         let mut muster = Muster::serve(&client, "--config /etc/muster.toml");
@@ -186,7 +190,11 @@ fn credentials_from_files_open_a_cache_and_leave_no_trace() {
             "{credentials}\n{}",
             muster.log()
         );
-        if status != 200 {
+        if status == 200 {
+            client.fresh_store();
+            client.substitutes_from(&muster);
+            fetch(&client, &store, &path, &muster);
+        } else {
             assert!(
                 eventually(5.0, || muster.log().contains("credentials-file")),
                 "{}",
@@ -377,6 +385,12 @@ server {
     location /slow/ {
         alias /srv/cache/;
         limit_rate 8m;
+    }
+    location /token/ {
+        alias /srv/cache/;
+        if ($http_authorization != 'Bearer hunter2-token') {
+            return 401;
+        }
     }
     location /private/ {
         alias /srv/cache/;

@@ -1,5 +1,6 @@
 //! Every pairing of sources: one breaks in the middle of a large NAR, the other goes on, and the client sees
-//! one whole response. Real daemons, real sshd, real sockets; what breaks is a connection or a file.
+//! one whole response. Real daemons, real sshd, real sockets; what breaks is a connection or a file, and what stalls
+//! a connection.
 
 mod builder;
 mod cache_server;
@@ -41,26 +42,58 @@ struct Kind {
     broken: Arc<dyn Upstream>,
 }
 
+/// What a source does in the middle.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum End {
+    Break,
+    /// Nothing comes any more, and nothing says so.
+    Stall,
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn each_source_goes_on_where_any_other_broke() {
+    each_goes_on(End::Break).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_source_goes_on_where_any_other_stalled() {
+    each_goes_on(End::Stall).await;
+}
+
+async fn each_goes_on(end: End) {
     let content = noise();
     let builder = Builder::new();
     let path = builder.add("large", &content);
     let daemon = builder.daemon();
     let sshd = builder.sshd("");
     let folder = tempfile::tempdir().unwrap();
-    let kinds = kinds(&builder, &daemon.socket, sshd.port, folder.path());
+    let kinds = kinds(&builder, &daemon.socket, sshd.port, folder.path(), end);
     for kind in &kinds {
         up(&*kind.whole).await;
         up(&*kind.broken).await;
     }
     let nar = nar_of(&content);
-    for first in &kinds {
+    // A file does not stall.
+    let ends = |kind: &&Kind| end == End::Break || kind.name != "file";
+    for first in kinds.iter().filter(ends) {
+        let mut resumed = 0;
         for second in &kinds {
             for encoding in [Encoding::None, Encoding::Zstd] {
-                pair(first, second, encoding, &builder.store_dir, &path, &nar).await;
+                let pair = Pair {
+                    first,
+                    second,
+                    encoding,
+                    end,
+                };
+                resumed += pair.check(&builder.store_dir, &path, &nar).await;
             }
         }
+        // A connection that stalled may be tried once more, and then gives not even a first byte.
+        let least = match (end, first.name) {
+            (End::Stall, "ssh-ng" | "daemon") => 1,
+            _ => kinds.len() as u64 * 2,
+        };
+        assert!(resumed >= least, "{}: {resumed} resumed", first.name);
     }
 }
 
@@ -86,7 +119,7 @@ async fn a_file_that_passes_goes_on_where_it_broke() {
         let (first, upstream) = serving(&builder, folder.path());
         let mut upstreams = vec![upstream];
         if another {
-            upstreams.push(over_http(&builder, folder.path(), false));
+            upstreams.push(over_http(&builder, folder.path(), None));
         }
         for upstream in &upstreams {
             up(&**upstream).await;
@@ -111,46 +144,59 @@ async fn a_file_that_passes_goes_on_where_it_broke() {
     }
 }
 
-async fn pair(
-    first: &Kind,
-    second: &Kind,
+/// A source that gives half, and one that gives the rest.
+struct Pair<'k> {
+    first: &'k Kind,
+    second: &'k Kind,
     encoding: Encoding,
-    store_dir: &StoreDir,
-    path: &StorePath,
-    nar: &[u8],
-) {
-    let what = format!(
-        "{} breaks, {} goes on, {encoding:?}",
-        first.name, second.name
-    );
-    let (one, two) = (member(0, &first.broken), member(1, &second.whole));
-    let setup = |members| Setup {
-        members,
-        publisher: publisher(store_dir, encoding),
-    };
-    let mut options = options();
-    // Nothing stalls here, and the machine may be busy.
-    options.transfer.stall = Duration::from_secs(10);
-    options.transfer.stall_last = Duration::from_secs(20);
-    let substituter = new_substituter(options, setup(vec![Arc::clone(&one)]));
-    // Found at the first alone, so that it gives the first bytes.
-    assert!(substituter.narinfo(path.hash()).await.is_some(), "{what}");
-    substituter.replace(setup(vec![one, two]));
-    let counted = substituter.clone();
-    let served = serve(substituter).await;
-    let narinfo = get(served.address, &format!("/{}.narinfo", path.hash())).await;
-    let answer = get(served.address, &nar_target(&narinfo)).await;
-    assert!(
-        answer.status == 200 && !answer.cut,
-        "{what}: {}",
-        answer.head
-    );
-    let got = match encoding {
-        Encoding::Zstd => zstd::decode_all(&answer.body[..]).unwrap(),
-        _ => answer.body,
-    };
-    assert!(got == nar, "{what}: {} bytes", got.len());
-    assert_eq!(counted.counters().nar_resumed.value(), 1, "{what}");
+    end: End,
+}
+
+impl Pair<'_> {
+    /// Returns how often another went on in the middle.
+    async fn check(&self, store_dir: &StoreDir, path: &StorePath, nar: &[u8]) -> u64 {
+        let Self {
+            first,
+            second,
+            encoding,
+            end,
+        } = *self;
+        let what = format!(
+            "{}: {end:?}, {} goes on, {encoding:?}",
+            first.name, second.name
+        );
+        let (one, two) = (member(0, &first.broken), member(1, &second.whole));
+        let setup = |members| Setup {
+            members,
+            publisher: publisher(store_dir, encoding),
+        };
+        let mut options = options();
+        // The machine may be busy: where nothing stalls, it must not seem so.
+        options.transfer.stall = match end {
+            End::Break => Duration::from_secs(10),
+            End::Stall => Duration::from_millis(700),
+        };
+        options.transfer.stall_last = Duration::from_secs(20);
+        let substituter = new_substituter(options, setup(vec![Arc::clone(&one)]));
+        // Found at the first alone, so that it gives the first bytes.
+        assert!(substituter.narinfo(path.hash()).await.is_some(), "{what}");
+        substituter.replace(setup(vec![one, two]));
+        let counted = substituter.clone();
+        let served = serve(substituter).await;
+        let narinfo = get(served.address, &format!("/{}.narinfo", path.hash())).await;
+        let answer = get(served.address, &nar_target(&narinfo)).await;
+        assert!(
+            answer.status == 200 && !answer.cut,
+            "{what}: {}",
+            answer.head
+        );
+        let got = match encoding {
+            Encoding::Zstd => zstd::decode_all(&answer.body[..]).unwrap(),
+            _ => answer.body,
+        };
+        assert!(got == nar, "{what}: {} bytes", got.len());
+        counted.counters().nar_resumed.value()
+    }
 }
 
 fn member(number: u16, upstream: &Arc<dyn Upstream>) -> Arc<Member> {
@@ -168,7 +214,7 @@ fn publisher(store_dir: &StoreDir, encoding: Encoding) -> Publisher {
     }
 }
 
-fn kinds(builder: &Builder, socket: &Path, port: u16, folder: &Path) -> Vec<Kind> {
+fn kinds(builder: &Builder, socket: &Path, port: u16, folder: &Path, end: End) -> Vec<Kind> {
     let over_ssh = |port| Arc::new(builder.over_ssh(builder.target(port), quick()));
     let over_socket = |socket: PathBuf| {
         let setup = WorkerSetup {
@@ -183,12 +229,12 @@ fn kinds(builder: &Builder, socket: &Path, port: u16, folder: &Path) -> Vec<Kind
         Kind {
             name: "ssh-ng",
             whole: over_ssh(port),
-            broken: over_ssh(breaking_port(port)),
+            broken: over_ssh(breaking_port(port, end)),
         },
         Kind {
             name: "daemon",
             whole: over_socket(socket.to_owned()),
-            broken: over_socket(breaking_socket(socket, &builder.path("breaking"))),
+            broken: over_socket(breaking_socket(socket, &builder.path("breaking"), end)),
         },
     ];
     for (name, compression) in [
@@ -200,8 +246,8 @@ fn kinds(builder: &Builder, socket: &Path, port: u16, folder: &Path) -> Vec<Kind
         builder.write_cache(&cache, compression, &[]);
         kinds.push(Kind {
             name,
-            whole: over_http(builder, &cache, false),
-            broken: over_http(builder, &cache, true),
+            whole: over_http(builder, &cache, None),
+            broken: over_http(builder, &cache, Some(end)),
         });
     }
     let whole = folder.join("whole");
@@ -230,14 +276,19 @@ fn in_folder(builder: &Builder, folder: &Path) -> Arc<dyn Upstream> {
     ))
 }
 
-/// Serves what real Nix wrote; the files of the NARs break off in the middle.
-fn over_http(builder: &Builder, folder: &Path, breaking: bool) -> Arc<dyn Upstream> {
+/// Serves what real Nix wrote; the files of the NARs may end in the middle.
+fn over_http(builder: &Builder, folder: &Path, end: Option<End>) -> Arc<dyn Upstream> {
     let (server, upstream) = serving(builder, folder);
-    for file in files(&folder.join("nar")).iter().filter(|_| breaking) {
+    for file in files(&folder.join("nar")) {
+        let Some(end) = end else { break };
         let name = file.file_name().unwrap().to_str().unwrap();
         let half = file.metadata().unwrap().len() / 2;
         let half = usize::try_from(half).unwrap();
-        server.fault(&format!("/nar/{name}"), Some(Fault::Cut(half)));
+        let fault = match end {
+            End::Break => Fault::Cut(half),
+            End::Stall => Fault::Stall(half),
+        };
+        server.fault(&format!("/nar/{name}"), Some(fault));
     }
     upstream
 }
@@ -273,7 +324,7 @@ fn noise() -> Vec<u8> {
 }
 
 /// A port that leads to another, until a connection has brought its share.
-fn breaking_port(to: u16) -> u16 {
+fn breaking_port(to: u16, end: End) -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
     std::thread::spawn(move || {
@@ -282,7 +333,7 @@ fn breaking_port(to: u16) -> u16 {
             let (mut up_from, mut up_to) = (near.try_clone().unwrap(), far.try_clone().unwrap());
             std::thread::spawn(move || std::io::copy(&mut up_from, &mut up_to));
             std::thread::spawn(move || {
-                relay(&far, &near);
+                relay(&far, &near, end);
                 _ = (near.shutdown(Shutdown::Both), far.shutdown(Shutdown::Both));
             });
         }
@@ -291,7 +342,7 @@ fn breaking_port(to: u16) -> u16 {
 }
 
 /// The same for a Unix socket.
-fn breaking_socket(to: &Path, at: &Path) -> PathBuf {
+fn breaking_socket(to: &Path, at: &Path, end: End) -> PathBuf {
     let listener = UnixListener::bind(at).unwrap();
     let to = to.to_owned();
     std::thread::spawn(move || {
@@ -300,7 +351,7 @@ fn breaking_socket(to: &Path, at: &Path) -> PathBuf {
             let (mut up_from, mut up_to) = (near.try_clone().unwrap(), far.try_clone().unwrap());
             std::thread::spawn(move || std::io::copy(&mut up_from, &mut up_to));
             std::thread::spawn(move || {
-                relay(&far, &near);
+                relay(&far, &near, end);
                 _ = (near.shutdown(Shutdown::Both), far.shutdown(Shutdown::Both));
             });
         }
@@ -308,7 +359,7 @@ fn breaking_socket(to: &Path, at: &Path) -> PathBuf {
     at.to_owned()
 }
 
-fn relay<F, T>(mut from: &F, mut to: &T)
+fn relay<F, T>(mut from: &F, mut to: &T, end: End)
 where
     for<'a> &'a F: std::io::Read,
     for<'a> &'a T: std::io::Write,
@@ -316,6 +367,10 @@ where
     let (mut buffer, mut left) = (vec![0; 64 << 10], BREAK_BYTES);
     while let Ok(size) = from.read(&mut buffer) {
         let size = size.min(left);
+        if size == 0 && left == 0 && end == End::Stall {
+            // For as long as the test takes; what more comes is not read.
+            std::thread::sleep(Duration::from_secs(600));
+        }
         if size == 0 || to.write_all(&buffer[..size]).is_err() {
             return;
         }

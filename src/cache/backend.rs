@@ -9,9 +9,11 @@
 
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use sha2::{Digest as _, Sha256};
 
 use crate::nix::hash::NarHash;
 use crate::nix::path_info::{Basis, PathInfo};
@@ -20,6 +22,7 @@ use crate::nix::store_path::StorePathHash;
 
 use super::fill::Fill;
 use super::nar_name::{FileHash, NarName};
+use super::stamp::{Content, Stamp};
 
 /// A compressed NAR that is kept, always zstd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,6 +60,8 @@ pub struct OpenNar {
     pub file: Arc<File>,
     /// Its size in bytes, as the file system and the record agree.
     pub size_bytes: u64,
+    /// Whether it is as it was checked.
+    pub content: Content,
 }
 
 /// How much is kept and what came to pass since the start.
@@ -166,8 +171,14 @@ pub trait Backend: Send + Sync + 'static {
     /// Opens a kept NAR; `None` when exactly this file is not kept.
     ///
     /// A file whose size is not what was recorded is corrupt: the entry is removed, and it is `None`.
-    /// The content is not read.
+    /// The content is not read: where [`OpenNar::content`] is unknown, that is for the caller to do before
+    /// the bytes are given out unchecked.
     fn open(&self, name: &NarName) -> Result<Option<OpenNar>, Error>;
+
+    /// Hears that an open NAR with this stamp was read and has the hash that it is named by.
+    ///
+    /// It is not read again until its file changes.
+    fn proven(&self, name: &NarName, stamp: Stamp);
 
     /// Removes an entry that was found wrong while it was served, says so in the log and counts it.
     ///
@@ -181,6 +192,30 @@ pub trait Backend: Send + Sync + 'static {
     ///
     /// Dropped, the work goes on without anybody waiting.
     async fn stop(&self);
+}
+
+impl OpenNar {
+    /// Reads all of it and tells whether it has the hash of its file. It blocks.
+    ///
+    /// The error is the file system's, and says nothing of the content.
+    pub fn has_hash(&self, expected: FileHash) -> io::Result<bool> {
+        let mut sha256 = Sha256::new();
+        let mut buffer = vec![0; BUFFER_BYTES];
+        let mut offset = 0;
+        loop {
+            match self.file.read_at(&mut buffer, offset) {
+                Ok(0) => break,
+                Ok(count) => {
+                    sha256.update(buffer.get(..count).unwrap_or_default());
+                    offset += count as u64;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let hash: [u8; 32] = sha256.finalize().into();
+        Ok(hash == expected.0)
+    }
 }
 
 impl NarFile {
@@ -232,6 +267,7 @@ impl Record {
     }
 }
 
+const BUFFER_BYTES: usize = 256 << 10;
 /// More holders than this are not worth remembering.
 const GROUNDS_MAX: usize = 64;
 /// As many as are published.

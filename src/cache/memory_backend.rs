@@ -13,6 +13,7 @@ use rustix::fs::MemfdFlags;
 use super::backend::{Backend, Error, NarFile, OpenNar, Record, Sign, Stats};
 use super::fill::{Fill, Place};
 use super::nar_name::NarName;
+use super::stamp::{Content, Stamp};
 use crate::nix::hash::NarHash;
 use crate::nix::signature::PublicKey;
 use crate::nix::store_path::StorePathHash;
@@ -154,10 +155,14 @@ impl Backend for MemoryBackend {
             Some(OpenNar {
                 file: Arc::clone(entry.file.as_ref()?),
                 size_bytes: entry.record.file?.size_bytes,
+                content: Content::Unchanged,
             })
         };
         Ok(entry.and_then(open))
     }
+
+    /// Nobody else can write what is kept here.
+    fn proven(&self, _: &NarName, _: Stamp) {}
 
     fn corrupt(&self, name: &NarName, _: &str) {
         let mut kept = self.lock();

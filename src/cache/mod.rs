@@ -10,3 +10,4 @@ pub mod memory_backend;
 pub mod nar_name;
 pub mod policy;
 pub mod single_flight;
+pub mod stamp;

@@ -12,7 +12,7 @@
 //! transport: head is written; slice lies in PLACEHOLDER -> sendfile(socket, file, 4096, 1048576)
 //! ```
 //!
-//! No file is mapped, so one that is truncated while it is served ends its connection and nothing else.
+//! No file is mapped, so one that is truncated or unreadable while it is served ends its connection and nothing else.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
@@ -22,6 +22,7 @@ use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
 use rustix::fs::{Advice, fadvise, sendfile};
+use rustix::io::Errno;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::substituter::kept::KeptNar;
@@ -121,6 +122,8 @@ impl Splice {
             };
             match self.stream.try_write(send) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                // Sockets say other things: the file cannot be read there.
+                Err(error) if Errno::from_io_error(&error) == Some(Errno::IO) => break 0,
                 sent => break sent?,
             }
         };

@@ -14,12 +14,13 @@ use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use futures_util::stream::{self, BoxStream};
 use futures_util::{StreamExt as _, TryStreamExt as _};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tracing::{debug, warn};
 
 use crate::cache::backend::{Backend, Ground, NarFile, OpenNar, Record};
 use crate::cache::memory::{Checked, Entry, Lookup, UpstreamId};
 use crate::cache::nar_name::NarName;
+use crate::cache::stamp::Content;
 use crate::codec::decompress::{DecodeError, Decoder};
 use crate::nix::narinfo::Compression;
 use crate::nix::path_info::{PathInfo, Trust, Verified};
@@ -53,6 +54,37 @@ impl KeptNar {
             name,
             backend: Arc::clone(backend),
         })
+    }
+
+    /// Makes sure that the bytes are those that were checked before anybody gets them as they are; `None`, and the
+    /// entry goes, when they are not.
+    ///
+    /// Only a file that was changed since, or is not in the index, is read for it: each of them once. Dropped,
+    /// reading goes on and its result is lost.
+    pub(super) async fn proven(self, proving: &Semaphore) -> Option<Self> {
+        if self.nar.content == Content::Unchanged {
+            return Some(self);
+        }
+        // Who waits for the same file finds it read.
+        let _turn = proving.acquire().await.ok()?;
+        let kept = Self::open(&self.backend, self.name)?;
+        let Content::Unknown(stamp) = kept.nar.content else {
+            return Some(kept);
+        };
+        let (nar, expected) = (kept.nar.clone(), kept.name.file_hash);
+        let read = tokio::task::spawn_blocking(move || nar.has_hash(expected));
+        let cause = match read.await.ok()? {
+            Ok(true) => {
+                if let Some(stamp) = stamp {
+                    kept.backend.proven(&kept.name, stamp);
+                }
+                return Some(kept);
+            }
+            Ok(false) => "it was changed".to_owned(),
+            Err(error) => error.to_string(),
+        };
+        kept.backend.corrupt(&kept.name, &cause);
+        None
     }
 
     /// Notes that the file ended before its size, so that it is not served again.
@@ -110,15 +142,21 @@ pub(super) async fn read_at(file: Arc<File>, offset: u64, end: u64) -> std::io::
 struct Holder {
     backend: Arc<dyn Backend>,
     decoder: Decoder,
+    proving: Arc<Semaphore>,
     link: watch::Sender<Link>,
 }
 
 /// Makes the member that stands for the kept NARs.
-pub(super) fn member(backend: Arc<dyn Backend>, now: Instant) -> Arc<Member> {
+pub(super) fn member(
+    backend: Arc<dyn Backend>,
+    proving: Arc<Semaphore>,
+    now: Instant,
+) -> Arc<Member> {
     let peer = "kept NARs".into();
     let holder = Holder {
         backend,
         decoder: Decoder::default(),
+        proving,
         link: watch::Sender::new(Link::Up { peer }),
     };
     let options = health::Options::default();
@@ -152,7 +190,11 @@ impl Upstream for Holder {
         let record = record.filter(|record| record.info.nar_hash == info.nar_hash);
         let name = record.and_then(|record| record.name());
         let kept = name.and_then(|name| KeptNar::open(&self.backend, name));
-        Ok(kept.and_then(|kept| kept.decode(&self.decoder)))
+        let Some(kept) = kept else {
+            return Ok(None);
+        };
+        let proven = kept.proven(&self.proving).await;
+        Ok(proven.and_then(|kept| kept.decode(&self.decoder)))
     }
 
     async fn keep(&self, _: &StorePath) -> Result<bool, upstream::Error> {
@@ -291,4 +333,6 @@ fn believed(setup: &Setup, record: &Record) -> Option<(Verified, Vec<UpstreamId>
 /// The number of the member that stands for the cache; upstreams are counted from 0.
 pub(super) const KEPT: UpstreamId = UpstreamId(u16::MAX);
 
+/// Files that are read at the same time before they are given out: one that is large holds no small one up.
+pub(super) const PROVING_MAX: usize = 2;
 const CHUNK_BYTES: usize = 256 << 10;

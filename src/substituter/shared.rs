@@ -70,6 +70,8 @@ pub(super) struct Shared {
 pub(super) struct Kept {
     pub(super) backend: Arc<dyn Backend>,
     pub(super) member: Arc<Member>,
+    /// Whose turn it is to read a kept file that may have changed.
+    pub(super) proving: Arc<Semaphore>,
 }
 
 /// A path of which an upstream has another NAR than the one that is served.
@@ -103,9 +105,13 @@ impl Shared {
             unpassable: for_a_while(),
             encoder: Encoder::new(options.transfer.encoder.clone()),
             berths: Berths::default(),
-            kept: backend.map(|backend| Kept {
-                member: kept::member(Arc::clone(&backend), now()),
-                backend,
+            kept: backend.map(|backend| {
+                let proving = Arc::new(Semaphore::new(kept::PROVING_MAX));
+                Kept {
+                    member: kept::member(Arc::clone(&backend), Arc::clone(&proving), now()),
+                    backend,
+                    proving,
+                }
             }),
             fillings: Fillings::new(&options.fill),
             ahead: Ahead::new(options.ahead.clone()),

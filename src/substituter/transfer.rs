@@ -115,10 +115,12 @@ pub enum Extent {
 /// then that is done first. Dropped, or its stream dropped, the transfer ends and the builder's channel is
 /// free, unless it is being kept.
 pub(super) async fn open(shared: &Arc<Shared>, url: &NarUrl, extent: Extent) -> Option<Nar> {
-    let entry = query::entry(shared, url.path_hash, Wanted::Nar).await?;
-    let kept = kept(shared, url, &entry);
-    if kept.is_some() {
-        return kept;
+    let mut entry = query::entry(shared, url.path_hash, Wanted::Nar).await?;
+    match kept(shared, url, &entry).await {
+        Kept::As(nar) => return Some(nar),
+        // What is known besides, so that it is kept anew.
+        Kept::NotAnyMore => entry = query::entry(shared, url.path_hash, Wanted::Nar).await?,
+        Kept::Otherwise => {}
     }
     let source = Source::of_entry(shared, url, &entry).await?;
     if extent == Extent::Part && url.file_hash.is_some() {
@@ -216,26 +218,46 @@ impl Checked {
     }
 }
 
-/// Opens the kept file of a NAR, where its bytes are what the URL means.
-fn kept(shared: &Shared, url: &NarUrl, entry: &Entry) -> Option<Nar> {
+/// Opens the kept file of a NAR, where its bytes are what the URL means and as they were checked.
+async fn kept(shared: &Shared, url: &NarUrl, entry: &Entry) -> Kept {
+    let Some((name, here)) = kept_name(url, entry).zip(shared.kept.as_ref()) else {
+        return Kept::Otherwise;
+    };
+    let proven = match KeptNar::open(&here.backend, name) {
+        Some(opened) => opened.proven(&here.proving).await,
+        None => None,
+    };
+    let Some(kept) = proven else {
+        shared.forget_holder(url.path_hash, url.nar_hash, KEPT);
+        return Kept::NotAnyMore;
+    };
+    shared.counters.nar_kept.increment();
+    Kept::As(Nar {
+        size_bytes: kept.nar.size_bytes,
+        body: NarBody::File(kept),
+    })
+}
+
+/// Whether a NAR is kept as the file that a URL means.
+enum Kept {
+    /// This one.
+    As(Nar),
+    /// It was, but the file is not there or not right.
+    NotAnyMore,
+    /// Not, or in another form.
+    Otherwise,
+}
+
+/// Names the kept file of a NAR, where its bytes are what the URL means.
+fn kept_name(url: &NarUrl, entry: &Entry) -> Option<NarName> {
     let file = entry.file().filter(|_| entry.nar_hash == url.nar_hash)?;
     if url.encoding != Encoding::Zstd || url.file_hash.is_some_and(|hash| hash != file.hash) {
         return None;
     }
-    let name = NarName {
+    Some(NarName {
         path_hash: url.path_hash,
         nar_hash: url.nar_hash,
         file_hash: file.hash,
-    };
-    let backend = &shared.kept.as_ref()?.backend;
-    let Some(kept) = KeptNar::open(backend, name) else {
-        shared.forget_holder(url.path_hash, url.nar_hash, KEPT);
-        return None;
-    };
-    shared.counters.nar_kept.increment();
-    Some(Nar {
-        size_bytes: file.size_bytes,
-        body: NarBody::File(kept),
     })
 }
 
@@ -251,15 +273,19 @@ async fn keep_first(shared: &Arc<Shared>, source: Source, url: &NarUrl) -> Optio
     };
     filling.kept().await?;
     let entry = query::entry(shared, url.path_hash, Wanted::Nar).await?;
-    kept(shared, url, &entry)
+    match kept(shared, url, &entry).await {
+        Kept::As(nar) => Some(nar),
+        Kept::NotAnyMore | Kept::Otherwise => None,
+    }
 }
 
 /// Says how large the answer is and whether parts of it can be asked for, without opening it.
 pub(super) async fn head(shared: &Arc<Shared>, url: &NarUrl) -> Option<Head> {
     let entry = query::entry(shared, url.path_hash, Wanted::Nar).await?;
-    if let Some(kept) = kept(shared, url, &entry) {
+    let opened = kept_name(url, &entry).zip(shared.kept.as_ref());
+    if let Some(kept) = opened.and_then(|(name, here)| KeptNar::open(&here.backend, name)) {
         return Some(Head {
-            length: Some(kept.size_bytes),
+            length: Some(kept.nar.size_bytes),
             in_parts: url.file_hash.is_some(),
         });
     }

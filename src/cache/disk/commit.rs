@@ -193,8 +193,9 @@ fn list(
             for (record, ..) in &joined {
                 changes.put(record, shared.tick())?;
             }
-            for (_, record) in &named {
+            for (commit, record) in &named {
                 changes.put(record, shared.tick())?;
+                changes.stamp(record.info.path.hash(), commit.stamp)?;
             }
             Ok(changes.totals())
         })

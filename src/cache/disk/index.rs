@@ -8,6 +8,7 @@
 //! uses      hash -> (last use, size of the NAR file)      size 0: a look-up alone
 //! nars      (last use, hash) -> ()                         least recently used first
 //! look_ups  (last use, hash) -> ()
+//! stamps    hash -> time of the NAR file's last change    when its content was checked
 //! totals    name -> number                                 so that opening counts nothing
 //! ```
 //!
@@ -19,6 +20,7 @@ use std::path::Path;
 use redb::{Database, ReadableDatabase as _, ReadableTable as _, Table, TableDefinition};
 
 use super::super::backend::Record;
+use super::super::stamp::Stamp;
 use super::text;
 use crate::nix::store_path::{StoreDir, StorePathHash};
 
@@ -56,6 +58,7 @@ pub struct Changes<'t> {
     uses: Table<'t, Key, (u64, u64)>,
     nars: Table<'t, (u64, Key), ()>,
     look_ups: Table<'t, (u64, Key), ()>,
+    stamps: Table<'t, Key, u64>,
     totals: Totals,
     store_dir: &'t StoreDir,
 }
@@ -76,8 +79,13 @@ impl Index {
                 store_dir,
             };
             // All tables are there from now on. A write costs syncs, so only where one is not.
-            if index.last_use().is_err() || index.totals().is_err() || index.page(None, 1).is_err()
-            {
+            let opens = || -> Result<(), IndexError> {
+                index.last_use()?;
+                index.totals()?;
+                index.page(None, 1)?;
+                index.stamp(StorePathHash([0; 20])).map(drop)
+            };
+            if opens().is_err() {
                 index.write(|_| Ok(()))?;
             }
             Ok(index)
@@ -129,6 +137,16 @@ impl Index {
         })
     }
 
+    /// Returns the stamp that a path's NAR file had when its content was checked.
+    pub fn stamp(&self, hash: StorePathHash) -> Result<Option<Stamp>, IndexError> {
+        guarded(|| {
+            let read = self.database.begin_read().map_err(redb::Error::from)?;
+            let stamps = read.open_table(STAMPS).map_err(redb::Error::from)?;
+            let found = stamps.get(&hash.0).map_err(redb::Error::from)?;
+            Ok(found.map(|found| Stamp::from_nanos(found.value())))
+        })
+    }
+
     /// Returns up to `count` paths with a NAR, in the order of their hashes, after one of them.
     pub fn page(
         &self,
@@ -171,6 +189,7 @@ impl Index {
                     uses: write.open_table(USES).map_err(redb::Error::from)?,
                     nars: write.open_table(NARS).map_err(redb::Error::from)?,
                     look_ups: write.open_table(LOOK_UPS).map_err(redb::Error::from)?,
+                    stamps: write.open_table(STAMPS).map_err(redb::Error::from)?,
                     totals: before,
                     store_dir: &self.store_dir,
                 };
@@ -228,6 +247,19 @@ impl Changes<'_> {
     pub fn remove(&mut self, hash: StorePathHash) -> Result<(), IndexError> {
         self.unlist(hash)?;
         self.records.remove(&hash.0).map_err(redb::Error::from)?;
+        self.stamp(hash, None)
+    }
+
+    /// Notes the stamp of a path's NAR file, whose content was checked, or forgets it.
+    ///
+    /// A path that is not listed has none.
+    pub fn stamp(&mut self, hash: StorePathHash, stamp: Option<Stamp>) -> Result<(), IndexError> {
+        let listed = self.uses.get(&hash.0).map_err(redb::Error::from)?.is_some();
+        match stamp.filter(|_| listed) {
+            Some(stamp) => self.stamps.insert(&hash.0, stamp.nanos()),
+            None => self.stamps.remove(&hash.0),
+        }
+        .map_err(redb::Error::from)?;
         Ok(())
     }
 
@@ -335,6 +367,7 @@ const RECORDS: TableDefinition<'_, Key, &[u8]> = TableDefinition::new("records")
 const USES: TableDefinition<'_, Key, (u64, u64)> = TableDefinition::new("uses");
 const NARS: TableDefinition<'_, (u64, Key), ()> = TableDefinition::new("nars");
 const LOOK_UPS: TableDefinition<'_, (u64, Key), ()> = TableDefinition::new("look_ups");
+const STAMPS: TableDefinition<'_, Key, u64> = TableDefinition::new("stamps");
 const TOTALS: TableDefinition<'_, &str, u64> = TableDefinition::new("totals");
 
 #[cfg(test)]

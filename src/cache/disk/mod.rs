@@ -41,6 +41,7 @@ use tracing::warn;
 use super::backend::{Backend, Error, OpenNar, Record, Sign, Stats};
 use super::fill::Fill;
 use super::nar_name::NarName;
+use super::stamp::Stamp;
 use crate::nix::hash::NarHash;
 use crate::nix::signature::PublicKey;
 use crate::nix::store_path::{StoreDir, StorePathHash};
@@ -211,7 +212,7 @@ impl Backend for DiskCache {
             shared.degrade(cause.clone());
             return Err(Error::Degraded(cause));
         }
-        let reservation = shared.reserve(size_bytes)?;
+        let reservation = shared.reserve(size_bytes.min(RESERVED_AHEAD_MAX))?;
         let made = shared.folder.create_temp("nar");
         let (temp, file) = made.map_err(|source| {
             let what = format!("making a file in {}", shared.folder.root().display());
@@ -224,6 +225,7 @@ impl Backend for DiskCache {
             temp,
             file: Arc::clone(&file),
             reservation,
+            estimate: size_bytes,
         };
         Ok(Fill::new(file, Box::new(place)))
     }
@@ -236,8 +238,13 @@ impl Backend for DiskCache {
         };
         let cause = match self.shared.folder.open_nar(name) {
             Ok((file, size_bytes)) if size_bytes == expected.size_bytes => {
+                let content = self.shared.content(name, &file);
                 let file = Arc::new(file);
-                return Ok(Some(OpenNar { file, size_bytes }));
+                return Ok(Some(OpenNar {
+                    file,
+                    size_bytes,
+                    content,
+                }));
             }
             Ok((_, size)) => format!("it has {size} of {} bytes", expected.size_bytes),
             Err(error) if is_of_the_file(&error) => error.to_string(),
@@ -250,9 +257,19 @@ impl Backend for DiskCache {
         Ok(None)
     }
 
+    fn proven(&self, name: &NarName, stamp: Stamp) {
+        self.shared.proven(name.path_hash, stamp);
+    }
+
     fn corrupt(&self, name: &NarName, cause: &str) {
-        let task = Task::Corrupt(*name, cause.to_owned());
-        self.shared.queue.push(task);
+        self.shared.condemn(*name);
+        if !self
+            .shared
+            .queue
+            .push(Task::Corrupt(*name, cause.to_owned()))
+        {
+            self.shared.removed(name);
+        }
     }
 
     fn stats(&self) -> Stats {
@@ -300,5 +317,7 @@ fn is_of_the_file(error: &io::Error) -> bool {
     kinds.contains(&error.kind()) || hardware
 }
 
+/// Bytes that a fill may have reserved and not written: what was only declared evicts no more than this.
+const RESERVED_AHEAD_MAX: u64 = 64 << 20;
 /// What zstd makes of NARs, roughly; reservations grow where it is less.
 const COMPRESSION_EXPECTED: u64 = 4;

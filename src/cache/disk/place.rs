@@ -10,6 +10,8 @@ use tokio::sync::oneshot;
 
 use super::super::backend::{Error, NarFile, Record};
 use super::super::fill::Place;
+use super::super::stamp::Stamp;
+use super::RESERVED_AHEAD_MAX;
 use super::folder::Temp;
 use super::queue::{Commit, Task};
 use super::shared::{Reservation, Shared};
@@ -25,11 +27,21 @@ pub struct OnDisk {
     pub file: Arc<File>,
     /// The share.
     pub reservation: Reservation,
+    /// Bytes that the file will take, as far as that can be told.
+    pub estimate: u64,
 }
 
 #[async_trait]
 impl Place for OnDisk {
     fn grow(&mut self, size_bytes: u64) -> io::Result<()> {
+        if size_bytes <= self.reservation.bytes() {
+            return Ok(());
+        }
+        // In large steps, as the writer makes room for each; where they do not fit, byte by byte.
+        let ahead = self.estimate.min(size_bytes + RESERVED_AHEAD_MAX);
+        if ahead > size_bytes && self.reservation.grow(ahead) {
+            return Ok(());
+        }
         match self.reservation.grow(size_bytes) {
             true => Ok(()),
             false => Err(io::ErrorKind::StorageFull.into()),
@@ -56,11 +68,13 @@ impl Place for OnDisk {
         let (reply, done) = oneshot::channel();
         let this = *self;
         let work = move || {
+            let stamp = Stamp::set(&this.file).ok();
             // Here, so that the writer need not wait for gigabytes; small ones share one sync.
             let synced = large && this.file.sync_data().is_ok();
             this.shared.queue.push(Task::Commit(Box::new(Commit {
                 temp: this.temp,
                 synced,
+                stamp,
                 record,
                 narinfo,
                 reservation: this.reservation,

@@ -9,6 +9,7 @@ use tokio::sync::oneshot;
 
 use super::super::backend::{Error, NarFile, Record};
 use super::super::nar_name::NarName;
+use super::super::stamp::Stamp;
 use super::folder::Temp;
 use super::resign::Tally;
 use super::shared::Reservation;
@@ -59,6 +60,8 @@ pub struct Commit {
     pub temp: Temp,
     /// Whether its bytes are on disk already.
     pub synced: bool,
+    /// What tells that it was changed since; `None` where the file system does not.
+    pub stamp: Option<Stamp>,
     /// What is known of it; the file is there.
     pub record: Record,
     /// The narinfo, with its grounds.
@@ -163,6 +166,14 @@ impl Queue {
     pub fn stop(&self) {
         self.lock().stopped = true;
         self.changed.notify_all();
+    }
+
+    /// Sleeps, until the writer is told to end.
+    pub fn sleep(&self, duration: Duration) {
+        let goes_on = |waiting: &mut Waiting| !waiting.stopped;
+        _ = self
+            .changed
+            .wait_timeout_while(self.lock(), duration, goes_on);
     }
 
     /// Tells whether the writer was told to end.

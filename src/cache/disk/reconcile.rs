@@ -26,9 +26,7 @@ pub fn start(shared: &Arc<Shared>) {
         looked_at: 0,
         foreign: 0,
     };
-    let started = std::thread::Builder::new()
-        .name("cache-reconcile".to_owned())
-        .spawn(move || pass.run());
+    let started = shared.start("cache-reconcile", || pass.run());
     if let Err(error) = started {
         warn!(%error, "the cache is not reconciled: no thread");
     }
@@ -147,7 +145,7 @@ impl Pass {
         if !self.looked_at.is_multiple_of(REST_EVERY) {
             return Ok(());
         }
-        std::thread::sleep(self.since.elapsed());
+        self.shared.queue.sleep(self.since.elapsed());
         self.since = Instant::now();
         match self.shared.queue.is_stopped() {
             true => Err(End::Stopped),

@@ -1,13 +1,18 @@
 //! What the callers, the writer and the background pass of one cache on disk share.
 
+use std::collections::HashMap;
+use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tracing::{info, warn};
 
 use super::super::backend::{Error, Record, Sign, Stats};
+use super::super::nar_name::NarName;
+use super::super::stamp::{Content, Stamp};
 use super::Options;
 use super::folder::Folder;
 use super::index::{Index, IndexError, Totals};
@@ -38,8 +43,15 @@ pub struct Shared {
     totals: Mutex<Totals>,
     /// Denials that wait for the writer; what they say holds already. No other lock is taken under it.
     denied: Mutex<Vec<Denial>>,
+    /// Entries that were found wrong, until the writer has removed them: they are none already. No other lock is
+    /// taken under it.
+    condemned: Mutex<Vec<NarName>>,
+    /// Stamps of files that were read and are right, until the index has them. No other lock is taken under it.
+    proven: Mutex<HashMap<StorePathHash, Stamp>>,
     /// Who signs now. Held for the moment of cloning alone.
     signing: RwLock<Option<Arc<Signing>>>,
+    /// Background passes that began. No other lock is taken under it.
+    passes: Mutex<Vec<JoinHandle<()>>>,
     reserved: AtomicU64,
     clock: AtomicU64,
     /// Counts since the start.
@@ -91,7 +103,10 @@ impl Shared {
             degraded: Mutex::default(),
             totals: Mutex::default(),
             denied: Mutex::default(),
+            condemned: Mutex::default(),
+            proven: Mutex::default(),
             signing: RwLock::new(None),
+            passes: Mutex::default(),
             reserved: AtomicU64::new(0),
             clock: AtomicU64::new(0),
             counts: Counts::default(),
@@ -127,9 +142,40 @@ impl Shared {
         *lock(&self.totals) = totals;
     }
 
+    /// Begins a background pass in a thread of its own, which ends soon after the queue was stopped.
+    pub fn start(&self, name: &str, pass: impl FnOnce() + Send + 'static) -> io::Result<()> {
+        let mut passes = lock(&self.passes);
+        passes.retain(|pass| !pass.is_finished());
+        let builder = std::thread::Builder::new().name(name.to_owned());
+        passes.push(builder.spawn(pass)?);
+        Ok(())
+    }
+
+    /// Waits until nobody uses the index any more, after the queue was stopped: until then its file is locked.
+    pub fn close(&self) {
+        let passes = std::mem::take(&mut *lock(&self.passes));
+        for pass in passes {
+            if pass.join().is_err() {
+                warn!("a background pass of the cache ended by a panic");
+            }
+        }
+        let index = self.index();
+        self.set_index(None);
+        // Who just looks something up is done in microseconds.
+        for _ in 0..CLOSE_TRIES {
+            if index.as_ref().is_none_or(|i| Arc::strong_count(i) == 1) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// Returns what is known of a path: by the index, or by its narinfo while that is not all in.
     pub fn known(&self, hash: StorePathHash) -> Option<Record> {
         let mut record = self.listed(hash)?;
+        if record.name().is_some_and(|name| self.is_condemned(&name)) {
+            record.file = None;
+        }
         let denied = lock(&self.denied);
         let of_it = denied.iter().filter(|denial| denial.hash == hash);
         let mut changed = false;
@@ -152,7 +198,57 @@ impl Shared {
         }
     }
 
-    fn listed(&self, hash: StorePathHash) -> Option<Record> {
+    /// Tells whether a file is as it was when its content was checked.
+    pub fn content(&self, name: &NarName, file: &File) -> Content {
+        let Some(found) = file.metadata().ok().and_then(|found| Stamp::of(&found)) else {
+            return Content::Unknown(None);
+        };
+        let hash = name.path_hash;
+        let is_proven = lock(&self.proven).get(&hash) == Some(&found);
+        let is_noted = || {
+            let index = self.index()?;
+            index.stamp(hash).ok()?
+        };
+        if is_proven || is_noted() == Some(found) {
+            return Content::Unchanged;
+        }
+        Content::Unknown(found.tells_from(SystemTime::now()).then_some(found))
+    }
+
+    /// Notes that a file with this stamp was read and is right.
+    pub fn proven(&self, hash: StorePathHash, stamp: Stamp) {
+        let mut proven = lock(&self.proven);
+        // Without an index they stay here; those that do not fit are read again.
+        if proven.len() < self.options.queue_max || proven.contains_key(&hash) {
+            proven.insert(hash, stamp);
+        }
+    }
+
+    /// Takes the stamps that the index is yet to have; `None` while there is no index.
+    pub fn take_proven(&self) -> Option<HashMap<StorePathHash, Stamp>> {
+        self.index()?;
+        Some(std::mem::take(&mut *lock(&self.proven)))
+    }
+
+    /// Has an entry be none from now on; the writer is yet to remove it.
+    pub fn condemn(&self, name: NarName) {
+        lock(&self.condemned).push(name);
+    }
+
+    /// Notes that the writer is done with an entry that was found wrong.
+    pub fn removed(&self, name: &NarName) {
+        let mut condemned = lock(&self.condemned);
+        if let Some(place) = condemned.iter().position(|n| n == name) {
+            condemned.swap_remove(place);
+        }
+    }
+
+    fn is_condemned(&self, name: &NarName) -> bool {
+        lock(&self.condemned).contains(name)
+    }
+
+    /// Returns what the index or the folder says of a path, whatever waits for the writer.
+    pub fn listed(&self, hash: StorePathHash) -> Option<Record> {
         if !self.readable.load(Ordering::Acquire) {
             return None;
         }
@@ -321,6 +417,11 @@ impl Shared {
 }
 
 impl Reservation {
+    /// Returns how much is set aside.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
     /// Sets aside `bytes` in all; `false`, and nothing changes, when running fills have everything.
     pub fn grow(&mut self, bytes: u64) -> bool {
         let more = bytes.saturating_sub(self.bytes);
@@ -368,3 +469,6 @@ pub fn concerns_all(error: &io::Error) -> bool {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+/// Milliseconds.
+const CLOSE_TRIES: u32 = 1000;

@@ -23,10 +23,8 @@ pub fn start(shared: &Arc<Shared>) {
     let Some(signing) = shared.signing() else {
         return;
     };
-    let shared = Arc::clone(shared);
-    let started = std::thread::Builder::new()
-        .name("cache-signing".to_owned())
-        .spawn(move || run(&shared, &signing));
+    let own = Arc::clone(shared);
+    let started = shared.start("cache-signing", move || run(&own, &signing));
     if let Err(error) = started {
         warn!(%error, "the cache is not signed anew: no thread");
     }
@@ -39,7 +37,7 @@ fn run(shared: &Shared, signing: &Signing) {
         if is_over(shared, signing) {
             return;
         }
-        std::thread::sleep(PAUSE);
+        shared.queue.sleep(PAUSE);
     }
     let folder = &shared.folder;
     if folder.is_signed_by(&signing.keys) {
@@ -100,7 +98,7 @@ fn pass(shared: &Shared, signing: &Signing) -> io::Result<Option<Tally>> {
             return Ok(None);
         };
         sum = sum.and(tally?);
-        std::thread::sleep(begun.elapsed());
+        shared.queue.sleep(begun.elapsed());
     }
 }
 

@@ -160,10 +160,15 @@ impl Writer {
     fn write_touches(&mut self) {
         self.touched_at = Instant::now();
         let touches = std::mem::take(&mut self.touches);
-        let Some(index) = self.shared.index().filter(|_| !touches.is_empty()) else {
+        let proven = self.shared.take_proven().unwrap_or_default();
+        let nothing = touches.is_empty() && proven.is_empty();
+        let Some(index) = self.shared.index().filter(|_| !nothing) else {
             return;
         };
         self.change(&index, |changes| {
+            for (hash, stamp) in proven {
+                changes.stamp(hash, Some(stamp))?;
+            }
             for (hash, used) in touches {
                 changes.touch(hash, used)?;
             }
@@ -245,9 +250,9 @@ impl Writer {
     }
 
     fn corrupt(&self, name: &NarName, cause: &str) {
-        let known = self.shared.known(name.path_hash);
+        let known = self.shared.listed(name.path_hash);
         if known.and_then(|record| record.name()) != Some(*name) {
-            return;
+            return self.shared.removed(name);
         }
         let file = self.shared.folder.nar(name);
         warn!(file = %file.display(), cause, "a cached nar is corrupt, the entry is removed");
@@ -258,6 +263,7 @@ impl Writer {
         }
         self.unlist(name.path_hash);
         removal::remove_files(&self.shared.folder, &[*name]);
+        self.shared.removed(name);
     }
 
     fn unlist(&self, hash: StorePathHash) {
@@ -384,9 +390,9 @@ struct Ended(Arc<Shared>);
 impl Drop for Ended {
     fn drop(&mut self) {
         self.0.readable.store(false, Ordering::Release);
-        self.0.set_index(None);
         self.0.queue.stop();
         drop(self.0.queue.take(Duration::ZERO));
+        self.0.close();
     }
 }
 
