@@ -1,8 +1,13 @@
-//! Upstreams that are not what they should be, and every way in which ssh reaches one.
+//! Upstreams that are not what they should be, every way in which ssh reaches one, and musters as upstreams.
 
 mod rig;
 
-use rig::{Lab, Machine, Muster, eventually, helper};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rig::{Lab, Line, Machine, Muster, eventually, helper};
+use rustix::process::Signal;
+use serde_json::Value;
 
 /// Runs muster over one upstream and tells whether it gives the path.
 #[track_caller]
@@ -205,4 +210,131 @@ fn a_machines_file_as_people_have_it() {
     muster.await_log(1.0, "No upstreams: name builders");
     assert_eq!(muster.narinfo(&path).status, 404);
     assert_eq!(muster.get("/nix-cache-info").status, 200);
+}
+
+const FAR: Line = Line {
+    delay_ms: 20,
+    cut_after_bytes: 0,
+    bytes_per_second: 0,
+};
+
+/// Starts a muster that these others are named to; its own store is among its upstreams where a daemon runs.
+fn naming<'m>(machine: &'m Machine, port: u16, others: &[&str]) -> Muster<'m> {
+    let file = "/etc/muster.toml";
+    let others = others
+        .iter()
+        .map(|other| format!("{{ uri = \"http://{other}:5000\", trusted = true }}"));
+    let others = others.collect::<Vec<_>>().join(", ");
+    machine.write(file, &format!("machines = false\nupstreams = [{others}]\n"));
+    let args = format!("--config {file} --cache-size 0 --listen 0.0.0.0:{port}");
+    Muster::serve(machine, &args)
+}
+
+fn await_well(muster: &mut Muster<'_>, count: usize) {
+    let well = |m: &mut Muster<'_>| {
+        m.get("/healthz")
+            .text()
+            .matches(r#""state":"well""#)
+            .count()
+    };
+    assert!(
+        eventually(30.0, || well(muster) == count),
+        "{}",
+        muster.log()
+    );
+}
+
+fn figure(muster: &mut Muster<'_>, of: &str, name: &str) -> u64 {
+    let report: Value = serde_json::from_str(&muster.get("/healthz").text()).expect("JSON");
+    report[of][name].as_u64().expect("a figure")
+}
+
+#[test]
+fn a_far_builder_that_runs_muster_is_asked_for_a_closure_once() {
+    let lab = Lab::new();
+    let builder = lab.builder("b1");
+    let client = lab.client(&[]);
+    let top = builder.build_one("dag", "--arg n 60");
+    builder.reach_over(5000, 5001, FAR);
+    let mut theirs = naming(&builder, 5001, &[]);
+    let mut ours = naming(&client, 5000, &["b1"]);
+    await_well(&mut theirs, 1);
+    await_well(&mut ours, 1);
+    let ahead = std::env::var("MUSTER_TEST_AHEAD").is_err();
+    if ahead {
+        ours.await_log(10.0, "its catalog is here");
+    }
+    let before = figure(&mut theirs, "narinfo", "requests");
+    client.substitutes_from(&ours);
+    client.fresh_store();
+    let got = client.realise(&top).ok();
+    assert_eq!((got.built(), got.copied()), (0, 61), "{got}");
+    let paths = client.closure(&top);
+    assert_eq!(client.nar_hashes(&paths), builder.nar_hashes(&paths));
+    if ahead {
+        let asked = figure(&mut theirs, "narinfo", "requests") - before;
+        assert_eq!(asked, 1, "{}", theirs.log());
+        assert_eq!(figure(&mut ours, "narinfo", "prefetched"), 60);
+        assert!(figure(&mut ours, "nar", "ahead-claimed") > 0);
+    }
+    // What nobody has is known without a question.
+    let nobody = format!("/nix/store/{:032}-nobody", 1);
+    assert_eq!(ours.narinfo(&nobody).status, 404);
+    if ahead {
+        let asked = figure(&mut theirs, "narinfo", "requests") - before;
+        assert_eq!(asked, 1, "{}", theirs.log());
+    }
+}
+
+#[test]
+fn two_that_name_each_other_serve_and_one_may_be_killed() {
+    let lab = Lab::new();
+    let (b1, b2) = (lab.builder("b1"), lab.builder("b2"));
+    let client = lab.client(&[]);
+    let slow = Line {
+        bytes_per_second: 5_000_000,
+        ..FAR
+    };
+    let of_b2 = b2.build_one("tiny", "");
+    let large = b1.build_one("big", "--arg sizeMB 30");
+    assert_eq!(b2.build_one("big", "--arg sizeMB 30"), large);
+    b1.reach_over(5000, 5001, slow);
+    b2.reach_over(5000, 5001, slow);
+    let mut first = naming(&b1, 5001, &["b2"]);
+    let mut second = naming(&b2, 5001, &["b1"]);
+    await_well(&mut first, 2);
+    await_well(&mut second, 2);
+
+    // A client of the one gets what the other has.
+    client.configure(&format!(
+        "substituters = http://b1:5000\ntrusted-public-keys = {}",
+        first.key()
+    ));
+    client.realise(&of_b2).ok();
+    // Nothing goes round, and nothing stalls.
+    let before = [&mut first, &mut second].map(|m| figure(m, "narinfo", "requests"));
+    let begun = Instant::now();
+    for number in 0..50 {
+        let nobody = format!("/nix/store/{number:032}-nobody");
+        assert_eq!(first.narinfo(&nobody).status, 404);
+    }
+    let took = begun.elapsed().as_secs_f64();
+    assert!(took < 10.0, "{took}");
+    let after = [&mut first, &mut second].map(|m| figure(m, "narinfo", "requests"));
+    assert_eq!(after[0] - before[0], 50, "{}", first.log());
+    assert!(after[1] - before[1] <= 50, "{}", second.log());
+
+    let mut ours = naming(&client, 5000, &["b1", "b2"]);
+    await_well(&mut ours, 2);
+    client.substitutes_from(&ours);
+    client.fresh_store();
+    let mut fetch = client.spawn("fetch", &format!("nix-store --realise {large}"));
+    thread::sleep(Duration::from_secs(3));
+    assert_eq!(fetch.ended(), None, "killed in the middle");
+    let from_first = figure(&mut first, "nar", "requests") > 1;
+    let source = if from_first { &first } else { &second };
+    source.signal(Signal::KILL);
+    assert_eq!(fetch.wait(60.0), Some(0), "{}{}", fetch.err(), ours.log());
+    assert_eq!(client.nar_hash(&large), b1.nar_hash(&large));
+    assert!(figure(&mut ours, "nar", "corrupt") == 0, "{}", ours.log());
 }

@@ -214,7 +214,7 @@ async fn a_muster_without_a_store_of_its_own_has_nothing_for_another() {
     muster.ask(vec![
         member(0, Arc::clone(&builder) as Arc<dyn Upstream>).of_own_store(true),
     ]);
-    assert_eq!(offers(&muster).await.as_deref(), Some("own-store"));
+    assert_eq!(offers(&muster).await.as_deref(), Some("own-store, closure"));
 }
 
 /// So a laptop's muster may name that of an office, which gathers builders and has no store.
@@ -271,7 +271,7 @@ async fn a_muster_that_names_itself_finds_itself_out() {
     muster.ask(vec![
         member(0, Arc::clone(&own) as Arc<dyn Upstream>).of_own_store(true),
     ]);
-    assert_eq!(offers(&muster).await.as_deref(), Some("own-store"));
+    assert_eq!(offers(&muster).await.as_deref(), Some("own-store, closure"));
     muster.ask(vec![
         member(0, Arc::clone(&own) as Arc<dyn Upstream>).of_own_store(true),
         peer(1, muster.address()).await,

@@ -1,6 +1,7 @@
 //! Streams of bytes: digests, compression, parts. No sockets, no files.
 
 pub mod catalog;
+pub mod closure_wire;
 pub mod compression;
 pub mod compressor;
 pub mod decompress;

@@ -17,11 +17,12 @@ use crate::substituter::transfer::{self, Extent, NarBody};
 
 use super::Info;
 use super::catalog::Feeds;
+use super::closure::Closures;
 use super::error::Error;
 use super::range;
 use super::response::{self, Body};
 use super::route::Route;
-use super::scope::{OWN_STORE, Scope};
+use super::scope::{OFFER, Scope};
 use super::splice::{FileBody, FileQueue};
 
 /// Answers requests.
@@ -29,6 +30,7 @@ pub(super) struct Handler {
     substituter: Substituter,
     info: watch::Receiver<Info>,
     feeds: Feeds,
+    closures: Closures,
 }
 
 impl Handler {
@@ -37,6 +39,7 @@ impl Handler {
             substituter,
             info,
             feeds,
+            closures: Closures::default(),
         }
     }
 
@@ -46,6 +49,7 @@ impl Handler {
             substituter: self.substituter.own_store(),
             info: self.info.clone(),
             feeds: self.feeds.clone(),
+            closures: self.closures.clone(),
         }
     }
 
@@ -76,7 +80,7 @@ impl Handler {
             Route::Nar(url) => this.nar(&url, &request, files).await,
             Route::CacheInfo => {
                 let text = this.info.borrow().cache_info.clone();
-                let offer = self.substituter.has_own_store().then_some(OWN_STORE);
+                let offer = self.substituter.has_own_store().then_some(OFFER);
                 let answer = response::whole("text/x-nix-cache-info", text);
                 Ok(response::named(answer, offer))
             }
@@ -98,6 +102,10 @@ impl Handler {
                     .ok_or(Error::NotFound)
             }
             Route::Catalog => this.feeds.open(&this.substituter).ok_or(Error::NotFound),
+            Route::Closure(hash) => {
+                let closure = this.closures.open(&this.substituter, hash).await;
+                closure.ok_or(Error::NotFound)
+            }
             Route::PublicKey => {
                 let keys = this.info.borrow().public_keys.clone();
                 Ok(response::whole(response::TEXT, keys))

@@ -4,10 +4,14 @@
 //! listener -> connection (one task each) -> route -> handler -> response
 //! ```
 //!
+//! Other musters find more here than other clients do: their questions may be about the own store alone
+//! (`scope`), and of that they are told whole closures (`closure`) and a live catalog (`catalog`).
+//!
 //! Nothing here decides what is served; that is the substituter's. Overload holds connections
 //! back: it is never answered with 429 or 503, on which real clients give up.
 
 mod catalog;
+mod closure;
 pub mod error;
 mod handler;
 mod idle;

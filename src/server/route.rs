@@ -24,6 +24,8 @@ pub enum Route {
     BuildTrace(BuildTraceKey),
     /// `/muster/catalog`
     Catalog,
+    /// `/muster/closure/<hash>`
+    Closure(StorePathHash),
     /// `/healthz`
     Health,
     /// `/public-key`
@@ -64,6 +66,8 @@ impl Route {
                     derivation
                         .is_derivation()
                         .then_some(Self::Log(derivation))?
+                } else if let Some(digits) = path.strip_prefix("muster/closure/") {
+                    Self::Closure(StorePathHash::parse(digits)?)
                 } else if let Some(file) = path.strip_prefix("realisations/") {
                     Self::Realisation(file.strip_suffix(".doi")?.parse().ok()?)
                 } else {
@@ -107,6 +111,13 @@ mod tests {
     }
 
     #[test]
+    fn what_musters_ask_each_other() {
+        assert_eq!(parse("/muster/catalog"), Route::Catalog);
+        let closure = parse(&format!("/muster/closure/{PATH}"));
+        assert!(matches!(closure, Route::Closure(hash) if hash.to_string() == PATH));
+    }
+
+    #[test]
     fn build_traces_of_nix_2_35() {
         let trace = format!("/build-trace-v2/{PATH}-hello.drv/out.doi");
         assert!(matches!(parse(&trace), Route::BuildTrace(_)), "{trace}");
@@ -128,6 +139,8 @@ mod tests {
             &format!("/log/{PATH}-hello"),
             "/realisations/x.doi",
             "/build-trace-v2/x",
+            "/muster/closure/",
+            &format!("/muster/closure/{PATH}-hello"),
             &format!("/{PATH}.ls"),
             &format!("/é{PATH}.narinfo"),
         ] {

@@ -1,8 +1,9 @@
 //! Which part of the upstreams a request is about.
 //!
 //! ```text
-//! GET /nix-cache-info            ->  Muster-Offers: own-store
-//! GET … Muster-Scope: own-store  ->  answered by this machine's own store alone, or not at all
+//! GET /nix-cache-info                                  ->  Muster-Offers: own-store, closure
+//! GET … Muster-Scope: own-store                        ->  answered by this machine's own store alone, or not at all
+//! GET /muster/closure/<hash> Muster-Scope: own-store   ->  all narinfos of a closure, see `codec::closure_wire`
 //! ```
 //!
 //! A muster sends the second to whoever answers with the first, and to nobody else. So a question goes from one
@@ -37,8 +38,13 @@ const HEADER: &str = "muster-scope";
 /// The header that says what a muster can do beyond what all caches can.
 pub(super) const OFFERS: &str = "muster-offers";
 
-/// The scope, and the offer of it.
-pub(super) const OWN_STORE: &str = "own-store";
+/// The scope.
+const OWN_STORE: &str = "own-store";
+
+/// What a muster with a store of its own offers: this scope, and whole closures within it.
+///
+/// A list with commas. A peer that knows the first word alone is asked for narinfos one by one.
+pub(super) const OFFER: &str = "own-store, closure";
 
 #[cfg(test)]
 mod tests {

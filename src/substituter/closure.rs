@@ -6,6 +6,7 @@
 //!
 //! ```text
 //! far builders    the whole closure, then all its path infos: two round trips (upstream::closures)
+//! musters         both at once: one round trip
 //! all others      level by level: a round trip each; also when the above fails
 //! ```
 

@@ -25,6 +25,7 @@ mod lent;
 pub mod member;
 pub mod nar_url;
 mod own;
+mod own_closure;
 mod passing;
 pub mod publish;
 mod query;

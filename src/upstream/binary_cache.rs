@@ -19,7 +19,9 @@ use super::cache_files::{CacheFiles, FilePart, FileStream, whole};
 use super::cache_http::decode_error;
 use super::cache_link::CacheLink;
 use super::catalog_feed::{FedCatalog, FeedOptions, FeedSource, FeedStream};
+use super::closures::Closures;
 use super::dialect::read_narinfo;
+use super::peer_closures::{PeerClosureOptions, PeerClosures};
 use super::{EncodedNar, Error, Link, NarStream, Upstream};
 use crate::codec::catalog::view::Says;
 use crate::codec::decompress::Decoder;
@@ -60,6 +62,8 @@ pub struct BinaryCacheOptions {
     pub log_bytes_max: usize,
     /// Of the catalog that a muster feeds; `None`: it is asked for none.
     pub catalog: Option<FeedOptions>,
+    /// Of the closures that a muster tells.
+    pub closures: PeerClosureOptions,
 }
 
 /// Where the NAR of a path is.
@@ -121,14 +125,7 @@ impl BinaryCache {
         };
         let narinfo = read_narinfo(&text, &self.store_dir);
         let narinfo = narinfo.map_err(|e| Error::Remote(format!("{file}: {e}").into()))?;
-        // A URL that must not be followed fails the question: nobody is promised what cannot be had.
-        let place = Place {
-            file: self.files.locate(&narinfo.url)?,
-            compression: narinfo.compression,
-            file_hash: narinfo.file_hash.clone(),
-            file_size: narinfo.file_size,
-            nar_hash: narinfo.info.nar_hash,
-        };
+        let place = Place::of(&narinfo, &*self.files)?;
         self.places.insert(hash, Arc::new(place));
         Ok(Some(narinfo))
     }
@@ -178,6 +175,19 @@ impl BinaryCache {
         };
         let file = self.link.note(self.files.open(&moved.file, 0).await)?;
         Ok(file.map(|file| (moved, file.bytes)))
+    }
+}
+
+impl Place {
+    /// Reads it; a URL that must not be followed is an error: nobody is promised what cannot be had.
+    fn of(narinfo: &NarInfo, files: &dyn CacheFiles) -> Result<Self, Error> {
+        Ok(Self {
+            file: files.locate(&narinfo.url)?,
+            compression: narinfo.compression,
+            file_hash: narinfo.file_hash.clone(),
+            file_size: narinfo.file_size,
+            nar_hash: narinfo.info.nar_hash,
+        })
     }
 }
 
@@ -239,6 +249,26 @@ impl Upstream for BinaryCache {
         let questions = stream::iter(paths.to_vec()).map(one);
         let answers = questions.buffered(self.files.questions_max());
         answers.collect().await
+    }
+
+    /// A muster with a store of its own tells its closures.
+    fn closures(&self) -> Option<Arc<dyn Closures>> {
+        if !self.files.tells_closures() {
+            return None;
+        }
+        let (files, places) = (Arc::clone(&self.files), self.places.clone());
+        let found = move |narinfo: &NarInfo| {
+            let place = Place::of(narinfo, &*files)?;
+            places.insert(narinfo.info.path.hash(), Arc::new(place));
+            Ok(())
+        };
+        let closures = PeerClosures::new(
+            Arc::clone(&self.files),
+            self.store_dir.clone(),
+            self.options.closures,
+            found,
+        );
+        Some(Arc::new(closures))
     }
 
     async fn nar(&self, info: &PathInfo) -> Result<Option<NarStream>, Error> {
@@ -423,6 +453,7 @@ impl Default for BinaryCacheOptions {
             places_max: 50_000,
             log_bytes_max: 64 << 20,
             catalog: Some(FeedOptions::default()),
+            closures: PeerClosureOptions::default(),
         }
     }
 }

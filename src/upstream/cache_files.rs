@@ -47,6 +47,11 @@ pub trait CacheFiles: Send + Sync + 'static {
     /// Forgets what may have gone bad while nobody looked, such as idle connections.
     fn renew(&self) {}
 
+    /// Tells whether what answers is a muster that tells whole closures, as far as it has said.
+    fn tells_closures(&self) -> bool {
+        false
+    }
+
     /// Returns how many questions are sensibly asked at once.
     fn questions_max(&self) -> usize;
 }

@@ -162,7 +162,7 @@ impl CacheFiles for CacheHttp {
             let cause = "it does not appear to be a binary cache: there is no nix-cache-info, or it may not be read";
             return Err(Error::Remote(cause.into()));
         };
-        self.client.note_offers(&peer);
+        self.client.note_offers(peer.offers);
         if peer.multiplexed && !std::mem::replace(&mut self.rest().multiplexed, true) {
             self.questions
                 .add_permits(QUESTIONS_MULTIPLEXED_MAX - QUESTIONS_MAX);
@@ -217,6 +217,10 @@ impl CacheFiles for CacheHttp {
 
     fn renew(&self) {
         self.client.renew();
+    }
+
+    fn tells_closures(&self) -> bool {
+        self.client.offers().closure
     }
 
     fn questions_max(&self) -> usize {

@@ -6,7 +6,6 @@
 //! scheme, host and port alone. This file knows nothing of what the files hold.
 
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -37,8 +36,8 @@ pub struct HttpClient {
     cache: CacheUrl,
     access: Access,
     options: HttpOptions,
-    /// Whether the cache is a muster that answers for its own store alone, if told to.
-    own_store: AtomicBool,
+    // What the cache offered when it was last greeted; never held over an await.
+    offers: Mutex<Offers>,
 }
 
 /// What a cache lets us do, and where it may send us.
@@ -86,8 +85,29 @@ pub struct Peer {
     pub server: Option<String>,
     /// Whether many questions share one connection.
     pub multiplexed: bool,
-    /// Whether it is a muster that offers to answer for its own store alone.
+    /// What it offers, if it is a muster.
+    pub offers: Offers,
+}
+
+/// What a muster offers beyond what all caches do; see the server's `scope`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Offers {
+    /// To answer for its own store alone.
     pub own_store: bool,
+    /// To tell whole closures of it.
+    pub closure: bool,
+}
+
+impl Offers {
+    /// Reads the list; words that are not known mean nothing, and without the first the others mean nothing.
+    pub fn parse(list: &str) -> Self {
+        let has = |word| list.split(',').any(|offer| offer.trim() == word);
+        let own_store = has(OWN_STORE);
+        Self {
+            own_store,
+            closure: own_store && has(CLOSURE),
+        }
+    }
 }
 
 impl HttpClient {
@@ -105,15 +125,20 @@ impl HttpClient {
             cache,
             access,
             options,
-            own_store: AtomicBool::new(false),
+            offers: Mutex::default(),
         }
     }
 
     /// Has the cache asked for its own store alone from now on, or for all that it has.
     ///
     /// To be called with what its `nix-cache-info` came with.
-    pub fn note_offers(&self, peer: &Peer) {
-        self.own_store.store(peer.own_store, Ordering::Relaxed);
+    pub fn note_offers(&self, offers: Offers) {
+        *self.offers.lock().unwrap_or_else(PoisonError::into_inner) = offers;
+    }
+
+    /// Returns what the cache offered when it was last greeted.
+    pub fn offers(&self) -> Offers {
+        *self.offers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns the cache's address.
@@ -221,7 +246,7 @@ impl HttpClient {
         if let Some(range) = range {
             headers.insert(hyper::header::RANGE, range);
         }
-        if self.own_store.load(Ordering::Relaxed) && self.cache.is_home_of(uri) {
+        if self.offers().own_store && self.cache.is_home_of(uri) {
             headers.insert(SCOPE, HeaderValue::from_static(OWN_STORE));
         }
         if let Some(credentials) = &self.access.credentials
@@ -246,8 +271,7 @@ impl Got {
         Peer {
             server: server.map(|text| text.chars().filter(printable).take(60).collect()),
             multiplexed: self.version == Version::HTTP_2,
-            own_store: text_of(&self.headers, &OFFERS)
-                .is_some_and(|offers| offers.split(',').any(|offer| offer.trim() == OWN_STORE)),
+            offers: text_of(&self.headers, &OFFERS).map_or_else(Offers::default, Offers::parse),
         }
     }
 
@@ -351,6 +375,7 @@ const AGENT: &str = concat!("muster/", env!("CARGO_PKG_VERSION"));
 const OFFERS: HeaderName = HeaderName::from_static("muster-offers");
 const SCOPE: HeaderName = HeaderName::from_static("muster-scope");
 const OWN_STORE: &str = "own-store";
+const CLOSURE: &str = "closure";
 
 /// What browsers and curl allow.
 const REDIRECTS_MAX: usize = 5;

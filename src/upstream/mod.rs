@@ -25,6 +25,7 @@ pub mod http_url;
 mod leased;
 pub mod local;
 pub mod memory;
+pub mod peer_closures;
 pub mod pool;
 mod pool_choice;
 mod realisations;
