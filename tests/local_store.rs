@@ -3,6 +3,7 @@
 mod builder;
 
 use std::fs;
+use std::io::{Seek as _, SeekFrom, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::Command;
@@ -34,9 +35,16 @@ async fn read(mut nar: NarStream) -> Result<Vec<u8>, Error> {
 async fn read_checked(upstream: &dyn Upstream, path: &StorePath) -> Result<Vec<u8>, Error> {
     let info = upstream.path_info(path.hash()).await?.unwrap();
     match upstream.open_nar(&info).await?.unwrap() {
-        OpenedNar::Checked(nar) => read(nar).await,
+        OpenedNar::Checked(nar) | OpenedNar::Proven(_, nar) => read(nar).await,
         OpenedNar::Unchecked(_) => panic!("{path} came from the daemon"),
     }
+}
+
+/// Whether a path's NAR would be read without being hashed.
+async fn is_proven(upstream: &dyn Upstream, path: &StorePath) -> bool {
+    let info = upstream.path_info(path.hash()).await.unwrap().unwrap();
+    let opened = upstream.open_nar(&info).await.unwrap().unwrap();
+    matches!(opened, OpenedNar::Proven(..))
 }
 
 async fn has(upstream: &dyn Upstream, path: &StorePath) -> bool {
@@ -315,7 +323,9 @@ async fn files_that_changed_are_never_given_whole() {
     let file = builder.path("store").join(path.as_str());
     let local = builder.in_place(Path::new(NOWHERE), LocalOptions::default());
     up(&local).await;
+    assert!(!is_proven(&local, &path).await);
     assert!(read_checked(&local, &path).await.unwrap() == nar_of(&content));
+    assert!(is_proven(&local, &path).await);
     assert!(read_checked(&local, &path).await.unwrap() == nar_of(&content));
 
     // The same size and time; only what nobody can set tells.
@@ -327,8 +337,8 @@ async fn files_that_changed_are_never_given_whole() {
     let handle = fs::File::options().write(true).open(&file).unwrap();
     handle.set_modified(times).unwrap();
     fs::set_permissions(&file, fs::Permissions::from_mode(0o444)).unwrap();
-    let error = read_checked(&local, &path).await.unwrap_err();
-    assert!(error.to_string().contains("changed since"), "{error}");
+    // Its first MiB is not as it was, so all is hashed.
+    assert!(!is_proven(&local, &path).await);
     let error = read_checked(&local, &path).await.unwrap_err();
     assert!(error.to_string().contains("another hash"), "{error}");
 
@@ -347,6 +357,95 @@ async fn files_that_changed_are_never_given_whole() {
     fs::remove_file(&file).unwrap();
     let info = local.path_info(path.hash()).await.unwrap().unwrap();
     assert!(local.nar(&info).await.unwrap().is_none());
+}
+
+/// A file behind the first MiB is known to be another before any of its bytes is given.
+#[tokio::test]
+async fn a_later_file_that_changed_ends_the_nar_before_it() {
+    let builder = Builder::new();
+    let tree = builder.path("tree");
+    fs::create_dir(&tree).unwrap();
+    fs::write(tree.join("a"), vec![b'a'; 6 << 20]).unwrap();
+    fs::write(tree.join("b"), vec![b'b'; 2 << 20]).unwrap();
+    let path = builder.nix_store(&["--add", tree.to_str().unwrap()]);
+    let path = builder.store_dir.parse(path.trim()).unwrap();
+    let local = builder.in_place(Path::new(NOWHERE), LocalOptions::default());
+    up(&local).await;
+    let nar = read_checked(&local, &path).await.unwrap();
+    assert!(is_proven(&local, &path).await);
+
+    // The same size and time.
+    let file = builder.path("store").join(path.as_str()).join("b");
+    let times = fs::metadata(&file).unwrap().modified().unwrap();
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).unwrap();
+    fs::write(&file, vec![0xff; 2 << 20]).unwrap();
+    let handle = fs::File::options().write(true).open(&file).unwrap();
+    handle.set_modified(times).unwrap();
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o444)).unwrap();
+    let info = local.path_info(path.hash()).await.unwrap().unwrap();
+    let opened = local.open_nar(&info).await.unwrap().unwrap();
+    let OpenedNar::Proven(_, mut stream) = opened else {
+        panic!("its first files are as they were");
+    };
+    let (mut given, mut error) = (Vec::new(), None);
+    while let Some(item) = stream.next().await {
+        match item {
+            Ok(chunk) => given.extend_from_slice(&chunk),
+            Err(cause) => error = Some(cause.to_string()),
+        }
+    }
+    assert!(nar.starts_with(&given) && !given.contains(&0xff));
+    assert!(error.unwrap().contains("changed since"));
+    // From now on it is hashed.
+    assert!(!is_proven(&local, &path).await);
+    let error = read_checked(&local, &path).await.unwrap_err();
+    assert!(error.to_string().contains("another hash"), "{error}");
+}
+
+/// Nix links equal files to one another; that changes no byte, and no transfer ends by it.
+#[tokio::test]
+async fn another_link_to_a_file_is_no_other_file() {
+    let builder = Builder::new();
+    let content = vec![b'x'; 6 << 20];
+    let path = builder.add("large", &content);
+    let file = builder.path("store").join(path.as_str());
+    let local = builder.in_place(Path::new(NOWHERE), LocalOptions::default());
+    up(&local).await;
+    assert!(read_checked(&local, &path).await.unwrap() == nar_of(&content));
+    fs::hard_link(&file, builder.path("one")).unwrap();
+    assert!(!is_proven(&local, &path).await);
+    assert!(read_checked(&local, &path).await.unwrap() == nar_of(&content));
+
+    // While it is read, too.
+    let info = local.path_info(path.hash()).await.unwrap().unwrap();
+    let opened = local.open_nar(&info).await.unwrap().unwrap();
+    let OpenedNar::Proven(_, stream) = opened else {
+        panic!("it was hashed again");
+    };
+    fs::hard_link(&file, builder.path("two")).unwrap();
+    assert!(read(stream).await.unwrap() == nar_of(&content));
+}
+
+#[tokio::test]
+async fn a_file_that_is_written_to_while_it_is_read_is_never_given_whole() {
+    let builder = Builder::new();
+    let content = vec![b'x'; 6 << 20];
+    let path = builder.add("large", &content);
+    let file = builder.path("store").join(path.as_str());
+    let local = builder.in_place(Path::new(NOWHERE), LocalOptions::default());
+    up(&local).await;
+    assert!(read_checked(&local, &path).await.unwrap() == nar_of(&content));
+    let info = local.path_info(path.hash()).await.unwrap().unwrap();
+    let opened = local.open_nar(&info).await.unwrap().unwrap();
+    let OpenedNar::Proven(_, stream) = opened else {
+        panic!("it was hashed");
+    };
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).unwrap();
+    let mut handle = fs::File::options().write(true).open(&file).unwrap();
+    handle.seek(SeekFrom::Start(5 << 20)).unwrap();
+    handle.write_all(b"y").unwrap();
+    let error = read(stream).await.unwrap_err();
+    assert!(matches!(error, Error::Written(_)), "{error}");
 }
 
 #[tokio::test]

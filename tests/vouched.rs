@@ -36,6 +36,13 @@ impl Holders {
         Self { info, nar, all }
     }
 
+    /// The same where the first one's chunks are each right when they come, as it says.
+    fn proven(scripts: &[NarScript]) -> Self {
+        let holders = Self::new(scripts);
+        holders.all[0].proves.store(true, Ordering::Relaxed);
+        holders
+    }
+
     /// Fetches the NAR as it is and as zstd, each from a substituter of its own; `check` judges it decoded.
     async fn fetched(&self, check: impl Fn(&Substituter, &Answer, Option<Vec<u8>>)) {
         for encoding in [Encoding::None, Encoding::Zstd] {
@@ -80,8 +87,13 @@ async fn what_a_source_has_checked_is_not_hashed_again() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn another_goes_on_where_a_checked_one_broke() {
-    for vouches in [false, true] {
-        let holders = Holders::new(&[NarScript::BreakAt(BREAK), NarScript::Whole]);
+    for (proves, vouches) in [(false, false), (false, true), (true, false), (true, true)] {
+        let of = if proves {
+            Holders::proven
+        } else {
+            Holders::new
+        };
+        let holders = of(&[NarScript::BreakAt(BREAK), NarScript::Whole]);
         holders.all[1].vouches.store(vouches, Ordering::Relaxed);
         holders
             .fetched(|substituter, answer, nar| {
@@ -96,22 +108,60 @@ async fn another_goes_on_where_a_checked_one_broke() {
 #[tokio::test(flavor = "multi_thread")]
 async fn one_that_lies_about_what_was_given_is_passed_over() {
     let lie = NarScript::FlipFirstBreakAt(BYTES);
-    let holders = Holders::new(&[NarScript::BreakAt(BREAK), lie.clone(), NarScript::Whole]);
-    holders
-        .fetched(|_, answer, nar| {
-            assert!(!answer.cut);
-            assert!(nar.is_some_and(|nar| nar == holders.nar));
-        })
+    for of in [Holders::new, Holders::proven] {
+        let holders = of(&[NarScript::BreakAt(BREAK), lie.clone(), NarScript::Whole]);
+        holders
+            .fetched(|_, answer, nar| {
+                assert!(!answer.cut);
+                assert!(nar.is_some_and(|nar| nar == holders.nar));
+            })
+            .await;
+        of(&[NarScript::BreakAt(BREAK), lie.clone()])
+            .are_cut()
+            .await;
+    }
+}
+
+/// Nobody can tell any more whether what the client has is right, so nobody goes on from there.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_written_to_while_it_was_read_is_never_made_whole() {
+    let scripts = [NarScript::WrittenAt(BREAK), NarScript::Whole];
+    Holders::proven(&scripts).are_cut().await;
+    // One that is hashed, or summed up, can be gone on from as ever.
+    Holders::new(&scripts)
+        .fetched(|_, answer, nar| assert!(!answer.cut && nar.is_some_and(|nar| nar.len() == BYTES)))
         .await;
-    Holders::new(&[NarScript::BreakAt(BREAK), lie])
-        .are_cut()
-        .await;
+}
+
+/// Of a small one nothing was given yet: it is read from the next.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_small_one_that_was_written_to_is_read_from_another() {
+    let (info, nar) = path(1, 100_000, &[]);
+    let holders: Vec<_> = ["one", "two"].map(Scripted::new).into();
+    holders[0].proves.store(true, Ordering::Relaxed);
+    *holders[0].nar_script.lock().unwrap() = NarScript::WrittenAt(70_000);
+    for holder in &holders {
+        holder.add(&info, &nar);
+    }
+    let members = |upstreams| setup(upstreams, &Trust::Operator, Encoding::None);
+    let substituter = new_substituter(options(), members(&holders[..1]));
+    assert!(substituter.narinfo(info.path.hash()).await.is_some());
+    substituter.replace(members(&holders));
+    let served = serve(substituter).await;
+    let narinfo = get(served.address, &format!("/{}.narinfo", info.path.hash())).await;
+    let answer = get(served.address, &nar_target(&narinfo)).await;
+    assert!(answer.status == 200 && !answer.cut && answer.body == nar);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn one_that_lies_about_the_rest_is_never_given_whole() {
-    for vouches in [false, true] {
-        let holders = Holders::new(&[NarScript::BreakAt(BREAK), NarScript::FlipLast]);
+    for (proves, vouches) in [(false, false), (false, true), (true, false), (true, true)] {
+        let of = if proves {
+            Holders::proven
+        } else {
+            Holders::new
+        };
+        let holders = of(&[NarScript::BreakAt(BREAK), NarScript::FlipLast]);
         holders.all[1].vouches.store(vouches, Ordering::Relaxed);
         holders.are_cut().await;
     }

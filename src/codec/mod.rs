@@ -1,5 +1,6 @@
 //! Streams of bytes: digests, compression, parts. No sockets, no files.
 
+pub mod beginnings;
 pub mod catalog;
 pub mod closure_wire;
 pub mod compression;

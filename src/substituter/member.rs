@@ -221,6 +221,9 @@ impl Member {
         Ok(nar.map(|nar| match nar {
             OpenedNar::Checked(nar) => OpenedNar::Checked(self.figures.count(nar)),
             OpenedNar::Unchecked(nar) => OpenedNar::Unchecked(self.figures.count(nar)),
+            OpenedNar::Proven(beginnings, nar) => {
+                OpenedNar::Proven(beginnings, self.figures.count(nar))
+            }
         }))
     }
 

@@ -19,6 +19,7 @@ pub mod counters;
 pub mod figures;
 pub mod filling;
 mod following;
+mod givers;
 pub mod health;
 pub mod kept;
 mod lent;

@@ -3,11 +3,11 @@
 //! NARs of one hash are the same bytes everywhere, so a transfer goes on from the next holder at
 //! the same byte; a store gives a NAR from its beginning only, so what the client has is skipped.
 //!
-//! What a holder has checked itself is not hashed again, see [`OpenedNar`]; of what it gave a [`KeyedSum`] is
-//! kept. Should it break, who takes over must repeat the same bytes, and all of its own are hashed.
+//! What a holder has checked itself is not hashed again, see [`OpenedNar`]. Should it break, who takes over must
+//! repeat the same bytes, and all of its own are hashed: a [`KeyedSum`] of what was given tells, or, where each
+//! chunk was known to be right, the hashes of the NAR's beginnings.
 
-use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 use futures_util::stream::BoxStream;
@@ -15,16 +15,14 @@ use futures_util::{StreamExt as _, stream};
 use tokio::time::{sleep, timeout};
 use tracing::warn;
 
-use crate::codec::digest::{self, DigestError, NarDigest, Proof};
+use crate::codec::digest::{self, DigestError};
 use crate::codec::keyed_sum::KeyedSum;
-use crate::nix::hash::NarHash;
 use crate::nix::path_info::PathInfo;
 use crate::upstream::{self, NarStream, OpenedNar};
 
 use super::berth::Berth;
-use super::kept::KEPT;
+use super::givers::{Given, Givers, Witness, blame, lock};
 use super::member::Member;
-use super::shared::Shared;
 use super::source::Source;
 use super::transfer::Error;
 
@@ -41,29 +39,6 @@ pub(super) struct Relay {
     skip: u64,
     cause: upstream::Error,
 }
-
-/// Who gave the bytes so far, to know whom to blame when they are wrong.
-// Behind a lock that is never held over an await; no other lock is taken under it.
-#[derive(Default)]
-struct Givers {
-    members: Vec<Arc<Member>>,
-    /// Of one that took over: all its bytes, those too that were skipped.
-    own: Option<NarDigest>,
-    given: Given,
-    /// Of what it repeats, to be compared with [`Given::Vouched`].
-    again: Option<KeyedSum>,
-}
-
-/// What is known of the bytes that were given out.
-enum Given {
-    /// Their hash so far.
-    Hashed(NarDigest),
-    /// The one holder that gave them answers for them when it comes to its end.
-    Vouched(KeyedSum),
-}
-
-/// The proof of a relay's bytes; the relay itself counts them.
-struct Witness(Arc<Mutex<Givers>>);
 
 impl Relay {
     /// Begins with no holder.
@@ -97,18 +72,26 @@ impl Relay {
                     shared.counters.nar_bytes.add(nar.len() as u64);
                     return Some((nar, self.source));
                 }
+                // Nothing was given out, so another can begin.
+                Err(DigestError::Source(_)) if self.is_doubtful() => self.begin_anew(),
                 Err(DigestError::Source(_)) => return None,
                 Err(error) => {
                     blame(&shared, &info, &givers, &error.to_string());
-                    // One that took over may be right; nothing was given out, so it can begin.
+                    // One that took over may be right.
                     for member in &lock(&givers).members {
                         self.source.set_aside(member);
                     }
-                    drop(self.berth.take_back());
-                    (self.current, self.offset, self.skip) = (None, 0, 0);
+                    self.begin_anew();
                 }
             }
         }
+    }
+
+    /// Forgets what was read; the next holder gives the first byte.
+    fn begin_anew(&mut self) {
+        drop(self.berth.take_back());
+        (self.current, self.offset, self.skip) = (None, 0, 0);
+        *lock(&self.givers) = Givers::default();
     }
 
     /// Begins a checked stream; `None` when no holder gives a first byte.
@@ -233,7 +216,15 @@ impl Relay {
         Ok(Some(chunk))
     }
 
+    /// Tells whether what was given may be wrong, so that nobody can go on from there.
+    fn is_doubtful(&self) -> bool {
+        matches!(lock(&self.givers).given, Given::Doubtful)
+    }
+
     fn drop_current(&mut self, error: upstream::Error) {
+        if self.offset > 0 && matches!(error, upstream::Error::Written(_)) {
+            lock(&self.givers).doubt();
+        }
         if let Some((member, _)) = self.current.take() {
             self.source.broke(&member, self.offset, &error);
         }
@@ -241,7 +232,11 @@ impl Relay {
     }
 
     async fn take_next(&mut self) -> Result<(), Error> {
-        let Some(next) = self.source.next_holder().await else {
+        let next = match self.is_doubtful() {
+            true => None,
+            false => self.source.next_holder().await,
+        };
+        let Some(next) = next else {
             return Err(Error::NoHolderLeft {
                 offset: self.offset,
                 cause: self.cause.clone(),
@@ -250,14 +245,12 @@ impl Relay {
         let (member, opened) = next;
         let (stream, given) = match opened {
             OpenedNar::Checked(stream) => (stream, Given::Vouched(KeyedSum::new())),
+            OpenedNar::Proven(beginnings, stream) => (stream, Given::Proven(beginnings)),
             OpenedNar::Unchecked(stream) => (stream, Given::default()),
         };
         let mut givers = lock(&self.givers);
         if self.offset == 0 {
-            *givers = Givers {
-                given,
-                ..Givers::default()
-            };
+            *givers = Givers::first(given);
         } else {
             self.source.shared.counters.nar_resumed.increment();
             givers.taken_over();
@@ -270,111 +263,4 @@ impl Relay {
     fn info(&self) -> Arc<PathInfo> {
         Arc::clone(&self.source.info)
     }
-}
-
-impl Givers {
-    /// Begins with a holder that repeats what was given; whatever it says of itself, it is hashed.
-    fn taken_over(&mut self) {
-        self.own = Some(NarDigest::default());
-        self.again = match &self.given {
-            Given::Vouched(sum) => Some(sum.twin()),
-            Given::Hashed(_) => None,
-        };
-    }
-
-    fn repeated(&mut self, bytes: &[u8]) {
-        if let Some(own) = &mut self.own {
-            own.update(bytes);
-        }
-        if let Some(again) = &mut self.again {
-            again.update(bytes);
-        }
-    }
-
-    /// Compares what was repeated with what was given before, once all of it came.
-    ///
-    /// From then on its hash stands for both.
-    fn compare(&mut self) -> Result<(), upstream::Error> {
-        let (Some(again), Given::Vouched(sum)) = (&self.again, &self.given) else {
-            return Ok(());
-        };
-        if again.finish() != sum.finish() {
-            let cause = "it does not begin with the bytes that were given before";
-            return Err(upstream::Error::Protocol(cause.into()));
-        }
-        self.again = None;
-        if let Some(own) = &self.own {
-            self.given = Given::Hashed(own.clone());
-        }
-        Ok(())
-    }
-
-    fn gave(&mut self, bytes: &[u8]) {
-        if let Some(own) = &mut self.own {
-            own.update(bytes);
-        }
-        match &mut self.given {
-            Given::Hashed(digest) => digest.update(bytes),
-            Given::Vouched(sum) => sum.update(bytes),
-        }
-    }
-
-    fn add(&mut self, member: &Arc<Member>) {
-        if self.members.last().is_none_or(|last| last.id != member.id) {
-            self.members.push(Arc::clone(member));
-        }
-    }
-
-    /// Tells whose bytes are wrong, once the last of them came.
-    fn to_blame(&self, expected: NarHash) -> &[Arc<Member>] {
-        let Some((last, earlier)) = self.members.split_last() else {
-            return &[];
-        };
-        match &self.own {
-            // All that the last one has is right, so what it took over was not.
-            Some(own) if own.clone().finish() == expected && !earlier.is_empty() => earlier,
-            _ => std::slice::from_ref(last),
-        }
-    }
-}
-
-impl Default for Given {
-    fn default() -> Self {
-        Self::Hashed(NarDigest::default())
-    }
-}
-
-impl Proof for Witness {
-    fn update(&mut self, _: &[u8]) {}
-
-    fn judge(&self, expected: NarHash) -> Result<(), NarHash> {
-        match &lock(&self.0).given {
-            Given::Hashed(digest) => digest.judge(expected),
-            Given::Vouched(_) => Ok(()),
-        }
-    }
-}
-
-/// Counts wrong bytes against those who gave them, asks them for this path no more for a while,
-/// and returns their names.
-fn blame(shared: &Shared, info: &PathInfo, givers: &Mutex<Givers>, cause: &str) -> String {
-    shared.counters.nar_corrupt.increment();
-    let mut names = Vec::new();
-    let givers = lock(givers);
-    for member in givers.to_blame(info.nar_hash) {
-        member.refused.fetch_add(1, Ordering::Relaxed);
-        shared.corrupt.insert((info.path.hash(), member.id), ());
-        if member.id == KEPT {
-            shared.distrust_kept(info, cause);
-        }
-        shared.forget_holder(info.path.hash(), info.nar_hash, member.id);
-        names.push(member.upstream.name());
-    }
-    let upstream = names.join(", ");
-    warn!(upstream, path = %info.path, cause, "NAR does not fit its narinfo, nothing of it is kept");
-    upstream
-}
-
-fn lock(givers: &Mutex<Givers>) -> MutexGuard<'_, Givers> {
-    givers.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -55,6 +55,7 @@ use tokio::sync::watch;
 use cache_files::FilePart;
 use closures::Closures;
 
+use crate::codec::beginnings::Beginnings;
 use crate::nix::build_trace::{BuildTraceEntry, BuildTraceKey};
 use crate::nix::hash::Hash;
 use crate::nix::narinfo::Compression;
@@ -75,6 +76,9 @@ pub enum OpenedNar {
     /// The store holds the last chunk back until it knows that the NAR is the promised one, and fails
     /// else: whoever reads the stream to its end has the right bytes, and need not hash them.
     Checked(NarStream),
+    /// Each chunk is right when it comes. Who goes on where this one breaks is known to repeat the same NAR by
+    /// the hashes of its beginnings, unless the break is an [`Error::Written`].
+    Proven(Beginnings, NarStream),
 }
 
 /// How a store keeps a NAR compressed, as [`Upstream::encoded_nar`] tells it.
@@ -228,6 +232,9 @@ pub enum Error {
     /// The peer broke its protocol; the connection is given up.
     #[error("protocol error: {0}")]
     Protocol(Arc<str>),
+    /// Somebody wrote to what was being read: nothing that was given rests on it any more.
+    #[error("{0} was written to while it was read")]
+    Written(Arc<str>),
     /// The store lies in another directory than ours.
     #[error("its {0}")]
     StoreDir(Arc<str>),

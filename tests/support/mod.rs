@@ -14,6 +14,7 @@ use futures_util::{StreamExt as _, stream};
 use muster::cache::backend::Backend;
 use muster::cache::memory::{self, UpstreamId};
 use muster::cache::memory_backend::MemoryBackend;
+use muster::codec::beginnings::NotingDigest;
 use muster::codec::compression::{EncoderOptions, Encoding};
 use muster::nix::hash::NarHash;
 use muster::nix::path_info::{PathInfo, Trust};
@@ -49,6 +50,8 @@ pub enum NarScript {
     StallAt(usize),
     /// Gives it with its last byte flipped.
     FlipLast,
+    /// Gives the first bytes, and then says that they may have been written to.
+    WrittenAt(usize),
     /// Gives the first bytes, the very first one flipped, and then an error.
     FlipFirstBreakAt(usize),
     /// Says that it is gone.
@@ -63,6 +66,8 @@ pub struct Scripted {
     pub nar_script: Mutex<NarScript>,
     /// Whether it says of its NARs that it has checked them.
     pub vouches: AtomicBool,
+    /// Whether its NARs are said to be right chunk by chunk.
+    pub proves: AtomicBool,
     /// NARs that it gives at the same time.
     pub nars_max: Mutex<Option<Arc<Semaphore>>>,
     /// Time before any answer.
@@ -90,6 +95,7 @@ impl Scripted {
             paths: Mutex::default(),
             nar_script: Mutex::default(),
             vouches: AtomicBool::new(false),
+            proves: AtomicBool::new(false),
             nars_max: Mutex::default(),
             delay: Mutex::default(),
             silent: Mutex::default(),
@@ -213,6 +219,11 @@ impl Upstream for Scripted {
                 items.push(Err(broken()));
                 Some(stream::iter(items).boxed())
             }
+            NarScript::WrittenAt(at) => {
+                let mut items = chunks(&nar[..at.min(nar.len())]);
+                items.push(Err(Error::Written("a file".into())));
+                Some(stream::iter(items).boxed())
+            }
             NarScript::StallAt(at) => {
                 let items = chunks(&nar[..at.min(nar.len())]);
                 Some(stream::iter(items).chain(stream::pending()).boxed())
@@ -241,6 +252,13 @@ impl Upstream for Scripted {
 
     async fn open_nar(&self, info: &PathInfo) -> Result<Option<OpenedNar>, Error> {
         let nar = self.nar(info).await?;
+        if self.proves.load(Ordering::Relaxed) {
+            let mut digest = NotingDigest::default();
+            let paths = self.paths.lock().unwrap();
+            digest.update(&paths[&info.path.hash()].1);
+            let (_, beginnings) = digest.finish();
+            return Ok(nar.map(|nar| OpenedNar::Proven(beginnings, nar)));
+        }
         Ok(nar.map(match self.vouches.load(Ordering::Relaxed) {
             true => OpenedNar::Checked,
             false => OpenedNar::Unchecked,

@@ -16,6 +16,7 @@
 mod buffers;
 mod catalog;
 pub mod database;
+mod facts;
 mod nar;
 mod pack;
 mod proofs;
@@ -26,7 +27,6 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use futures_util::StreamExt as _;
 use futures_util::stream::BoxStream;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
@@ -42,7 +42,7 @@ pub use self::reader::ReaderOptions;
 use self::reader::{Reader, State};
 use super::worker::{WorkerOptions, WorkerSetup, WorkerUpstream};
 use super::{Error, Link, NarStream, OpenedNar, Upstream};
-use crate::codec::digest::NarDigest;
+use crate::codec::beginnings::NotingDigest;
 use crate::nix::build_trace::{BuildTraceEntry, BuildTraceKey};
 use crate::nix::path_info::PathInfo;
 use crate::nix::realisation::{DrvOutput, Realisation};
@@ -75,8 +75,9 @@ pub struct LocalOptions {
     pub nars_max: usize,
     /// For one step of packing, about 1 MiB; a disk that takes longer is given up.
     pub silence_max: Duration,
-    /// Paths whose files were found right; some 200 bytes each.
-    pub proofs_max: u64,
+    /// Bytes for what is remembered of paths whose files were found right: some 250 for each, 16 for each
+    /// of its files and 16 for each MiB.
+    pub proofs_bytes_max: u64,
     /// Pause before a database that cannot be read is tried again.
     pub reopen_after: Duration,
     /// Of the daemon beside it.
@@ -107,7 +108,7 @@ impl LocalUpstream {
             link,
             room: Arc::new(Semaphore::new(options.nars_max.max(1))),
             buffers: Buffers::default(),
-            proofs: Proofs::new(options.proofs_max),
+            proofs: Proofs::new(options.proofs_bytes_max),
             catalog: Mutex::default(),
             options,
         })
@@ -145,8 +146,8 @@ impl LocalUpstream {
         };
         let proofs = self.proofs.clone();
         match proofs.of(&claim) {
-            Some(facts) => Check::Facts(facts, claim, proofs),
-            None => Check::Hash(NarDigest::default(), claim, proofs),
+            Some(found) => Check::Facts(found, claim, proofs),
+            None => Check::Hash(NotingDigest::default(), claim, proofs),
         }
     }
 
@@ -156,8 +157,7 @@ impl LocalUpstream {
         checked: bool,
     ) -> Result<Option<OpenedNar>, Error> {
         match self.packed(info, checked).await {
-            Ok(nar) if checked => Ok(Some(OpenedNar::Checked(nar.boxed()))),
-            Ok(nar) => Ok(Some(OpenedNar::Unchecked(nar.boxed()))),
+            Ok(nar) => Ok(Some(nar.into_opened(checked))),
             Err(NoNar::Gone) => Ok(None),
             Err(NoNar::Failed(error)) => {
                 debug!(path = %info.path, %error, "the daemon is asked for the NAR");
@@ -231,11 +231,13 @@ impl Upstream for LocalUpstream {
     async fn nar(&self, info: &PathInfo) -> Result<Option<NarStream>, Error> {
         let opened = self.packed_or_sent(info, false).await?;
         Ok(opened.map(|opened| match opened {
-            OpenedNar::Checked(stream) | OpenedNar::Unchecked(stream) => stream,
+            OpenedNar::Unchecked(stream)
+            | OpenedNar::Checked(stream)
+            | OpenedNar::Proven(_, stream) => stream,
         }))
     }
 
-    /// Hashes a path's files the first time, and relies later on their being unchanged.
+    /// Hashes a path's files the first time; later they are known to be unchanged before they are read.
     async fn open_nar(&self, info: &PathInfo) -> Result<Option<OpenedNar>, Error> {
         self.packed_or_sent(info, true).await
     }
@@ -345,7 +347,7 @@ impl Default for LocalOptions {
             reader: ReaderOptions::default(),
             nars_max: 64,
             silence_max: Duration::from_secs(30),
-            proofs_max: 65_536,
+            proofs_bytes_max: 16 << 20,
             reopen_after: Duration::from_secs(5),
             worker: WorkerOptions::default(),
         }

@@ -6,6 +6,10 @@
 //! ```text
 //! packer -> size -> hash (first time) or facts (later) -> chunks of 256 KiB
 //! ```
+//!
+//! The first time the last chunk is held back until the hash is known to be right. Later each file is known by
+//! its facts before it is read, so each chunk is right when it comes. Where the facts of the first MiB are not
+//! those of before, all is hashed as the first time; where those of a later one are not, the NAR ends early.
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
@@ -14,16 +18,16 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::stream::Stream;
+use futures_util::stream::{Stream, StreamExt as _};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::{Instant, Sleep, sleep};
 
 use super::buffers::Buffers;
-use super::pack::{Facts, Packer};
-use super::proofs::{Claim, Proofs};
-use crate::codec::digest::NarDigest;
-use crate::upstream::Error;
+use super::pack::{PackError, Packer};
+use super::proofs::{Claim, Found, Proofs};
+use crate::codec::beginnings::{Beginnings, NotingDigest};
+use crate::upstream::{Error, OpenedNar};
 
 /// What is to be packed.
 pub(super) struct Order {
@@ -42,9 +46,9 @@ pub(super) enum Check {
     /// By size alone: whoever reads hashes.
     Size,
     /// By their hash, which is then noted.
-    Hash(NarDigest, Claim, Proofs),
+    Hash(NotingDigest, Claim, Proofs),
     /// By the facts under which they were right before.
-    Facts(Facts, Claim, Proofs),
+    Facts(Found, Claim, Proofs),
 }
 
 /// What a job works on.
@@ -61,6 +65,8 @@ type Batch = (Vec<Bytes>, Left);
 enum Left {
     Work(Box<Work>),
     Nothing,
+    /// The next file is not as it was when the path was hashed.
+    Differs,
     Failed(Error),
 }
 
@@ -72,6 +78,7 @@ pub(super) struct PackedNar {
     permit: Option<OwnedSemaphorePermit>,
     silence_max: Duration,
     silence: Pin<Box<Sleep>>,
+    proven: Option<Beginnings>,
 }
 
 /// Why no stream begins.
@@ -96,20 +103,30 @@ impl PackedNar {
             silence_max,
         } = order;
         let first = spawn_blocking(move || {
-            let (packer, begun) = Packer::open(&files, nar_size, buffers)?;
-            let begun = Some(begun);
-            Ok(Work {
-                packer,
-                begun,
-                check,
-                nar_size,
+            let begin = |check: Check| {
+                let before = check.found().map(|found| found.facts.clone());
+                let (packer, begun) = Packer::open(&files, nar_size, buffers.clone(), before)?;
+                let proven = check.found().map(|found| found.beginnings.clone());
+                let work = Work {
+                    packer,
+                    begun: Some(begun),
+                    check,
+                    nar_size,
+                };
+                Ok((proven, work.batch()))
+            };
+            let hashing = check.hashing();
+            match (begin(check), hashing) {
+                (Err(PackError::Differs) | Ok((_, (_, Left::Differs))), Some(hashing)) => {
+                    begin(hashing)
+                }
+                (begun, _) => begun,
             }
-            .batch())
         });
         let first = tokio::time::timeout(silence_max, first).await;
-        let (chunks, left) = match first {
-            Ok(Ok(Ok(batch))) => batch,
-            Ok(Ok(Err(error))) => return Err(NoNar::of(&error)),
+        let (proven, batch) = match first {
+            Ok(Ok(Ok(begun))) => begun,
+            Ok(Ok(Err(error))) => return Err(NoNar::of(error)),
             Ok(Err(_)) => return Err(NoNar::Failed(Error::Down("it is being closed".into()))),
             Err(_) => return Err(NoNar::Failed(silent(silence_max))),
         };
@@ -120,14 +137,24 @@ impl PackedNar {
             permit: Some(permit),
             silence_max,
             silence: Box::pin(sleep(silence_max)),
+            proven,
         };
-        nar.receive((chunks, left));
+        nar.receive(batch);
         match nar.failure.take() {
             Some(error) if nar.ready.is_empty() => Err(NoNar::Failed(error)),
             failure => {
                 nar.failure = failure;
                 Ok(nar)
             }
+        }
+    }
+
+    /// Says what the stream is worth to whoever reads it; `checked`: it was asked for as such.
+    pub(super) fn into_opened(self, checked: bool) -> OpenedNar {
+        match (&self.proven, checked) {
+            (Some(beginnings), _) => OpenedNar::Proven(beginnings.clone(), self.boxed()),
+            (None, true) => OpenedNar::Checked(self.boxed()),
+            (None, false) => OpenedNar::Unchecked(self.boxed()),
         }
     }
 
@@ -141,6 +168,10 @@ impl PackedNar {
                 self.silence.as_mut().reset(deadline);
             }
             Left::Nothing => self.permit = None,
+            Left::Differs => {
+                self.permit = None;
+                self.failure = Some(wrong("were changed since they were hashed"));
+            }
             Left::Failed(error) => {
                 self.permit = None;
                 self.failure = Some(error);
@@ -189,7 +220,13 @@ impl Work {
         while chunks.len() < CHUNKS_PER_JOB {
             let chunk = match self.packer.fill(self.begun.take()) {
                 Ok(chunk) => chunk,
-                Err(error) => return (chunks, Left::Failed(unreadable(&error))),
+                Err(PackError::Differs) => {
+                    if let Check::Facts(_, claim, proofs) = &self.check {
+                        proofs.forget(claim);
+                    }
+                    return (chunks, Left::Differs);
+                }
+                Err(error) => return (chunks, Left::Failed(unpacked(error))),
             };
             match self.accept(&chunk) {
                 Ok(()) => chunks.push(chunk),
@@ -215,33 +252,56 @@ impl Work {
         if !done {
             return Ok(());
         }
-        let facts = self.packer.facts();
-        match &self.check {
-            Check::Size => Ok(()),
-            Check::Hash(digest, claim, proofs) => {
-                if digest.clone().finish() != claim.nar_hash {
-                    return Err(wrong("have another hash than was registered"));
-                }
-                proofs.note(claim, facts);
-                Ok(())
+        let check = std::mem::replace(&mut self.check, Check::Size);
+        if let Check::Hash(digest, claim, proofs) = check {
+            let (hash, beginnings) = digest.finish();
+            if hash != claim.nar_hash {
+                return Err(wrong("have another hash than was registered"));
             }
-            Check::Facts(before, claim, proofs) => {
-                if *before != facts {
-                    proofs.forget(claim);
-                    return Err(wrong("were changed since they were hashed"));
-                }
-                Ok(())
+            if let Some(facts) = self.packer.facts() {
+                proofs.note(&claim, Found { facts, beginnings });
             }
+        }
+        Ok(())
+    }
+}
+
+impl Check {
+    fn found(&self) -> Option<&Found> {
+        match self {
+            Self::Facts(found, ..) => Some(found),
+            Self::Size | Self::Hash(..) => None,
+        }
+    }
+
+    /// Returns the check to fall back on where the files are not as they were.
+    fn hashing(&self) -> Option<Self> {
+        match self {
+            Self::Facts(_, claim, proofs) => {
+                let digest = NotingDigest::default();
+                Some(Self::Hash(digest, claim.clone(), proofs.clone()))
+            }
+            Self::Size | Self::Hash(..) => None,
         }
     }
 }
 
 impl NoNar {
-    fn of(error: &std::io::Error) -> Self {
-        match error.kind() {
-            std::io::ErrorKind::NotFound => Self::Gone,
-            _ => Self::Failed(unreadable(error)),
+    fn of(error: PackError) -> Self {
+        match error {
+            PackError::Unreadable(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                Self::Gone
+            }
+            error => Self::Failed(unpacked(error)),
         }
+    }
+}
+
+fn unpacked(error: PackError) -> Error {
+    match error {
+        PackError::Unreadable(error) => unreadable(&error),
+        PackError::Differs => wrong("were changed since they were hashed"),
+        PackError::Written => Error::Written("a file of its store".into()),
     }
 }
 

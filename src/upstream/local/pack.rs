@@ -2,8 +2,10 @@
 //!
 //! Files are read straight into the chunks that go to the client. The walk follows no symlink and
 //! holds one open directory per level, so a path that is moved away while it is read stays whole or
-//! fails; a file that is shorter or longer than its directory said is an error and never padded. The
-//! grammar is in `nix::nar`; names are sorted by their bytes. Source: `libutil/archive.cc`.
+//! fails; a file that is shorter or longer than its directory said is an error and never padded. So is one that
+//! is not as it was when the path was hashed, before any byte of it is given, and one that is written to
+//! while it is read. The grammar is in `nix::nar`; names are sorted by their bytes. Source:
+//! `libutil/archive.cc`.
 
 use std::ffi::CString;
 use std::io;
@@ -13,9 +15,9 @@ use std::path::Path;
 use bytes::Bytes;
 use rustix::buffer::spare_capacity;
 use rustix::fs::{Advice, AtFlags, CWD, Dir, FileType, Mode, OFlags, Stat};
-use sha2::{Digest as _, Sha256};
 
 use super::buffers::Buffers;
+use super::facts::{Facts, Ledger};
 
 /// A walk over one path, stopped between two chunks.
 pub(super) struct Packer {
@@ -27,14 +29,19 @@ pub(super) struct Packer {
     /// Bytes still to come by the path info; only a hint for the size of buffers.
     left: u64,
     offset: u64,
-    facts: Sha256,
+    ledger: Ledger,
 }
 
-/// Digest of what the file system says of all files of a path: inodes, sizes, modes, times of change.
-///
-/// No file can be written to without another time of change, nor be replaced without another inode.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Facts([u8; 32]);
+/// Why a path is not packed to its end.
+#[derive(Debug)]
+pub(super) enum PackError {
+    /// Its files cannot be read.
+    Unreadable(io::Error),
+    /// The next file is not as it was; all that was given is right.
+    Differs,
+    /// The file of which bytes were given was written to meanwhile.
+    Written,
+}
 
 struct Folder {
     fd: OwnedFd,
@@ -47,28 +54,34 @@ struct Folder {
 struct Contents {
     fd: OwnedFd,
     size: u64,
+    /// Time of the last write.
+    written: (i64, u64),
     left: u64,
     is_entry: bool,
 }
 
 impl Packer {
-    /// Begins at a path; `NotFound` when there is nothing.
+    /// Begins at a path whose files are to be as they were, where that is known; `NotFound` when there is
+    /// nothing.
     pub(super) fn open(
         path: &Path,
         nar_size: u64,
         buffers: Buffers,
-    ) -> io::Result<(Self, Vec<u8>)> {
+        before: Option<Facts>,
+    ) -> Result<(Self, Vec<u8>), PackError> {
         let mut packer = Self {
             folders: Vec::new(),
             contents: None,
             left: nar_size,
             offset: 0,
-            facts: Sha256::new(),
+            ledger: before.map_or(Ledger::Noting(Vec::new()), |facts| {
+                Ledger::Comparing(facts, 0)
+            }),
             buffers,
         };
         let mut chunk = packer.buffer();
         put(&mut chunk, b"nix-archive-1");
-        let name = CString::new(path.as_os_str().as_encoded_bytes())?;
+        let name = CString::new(path.as_os_str().as_encoded_bytes()).map_err(io::Error::from)?;
         packer.node(&mut chunk, None, &name, FileType::Unknown)?;
         Ok((packer, chunk))
     }
@@ -83,15 +96,15 @@ impl Packer {
         self.offset
     }
 
-    /// Returns what the walk saw, once it is done.
-    pub(super) fn facts(&self) -> Facts {
-        Facts(self.facts.clone().finalize().into())
+    /// Returns what the walk saw, once it is done, unless that was known before.
+    pub(super) fn facts(&mut self) -> Option<Facts> {
+        self.ledger.facts()
     }
 
     /// Fills a buffer for the next chunk; the first begins with what [`open`](Self::open) gave.
     ///
     /// A chunk is empty only when all was given.
-    pub(super) fn fill(&mut self, begun: Option<Vec<u8>>) -> io::Result<Bytes> {
+    pub(super) fn fill(&mut self, begun: Option<Vec<u8>>) -> Result<Bytes, PackError> {
         let mut chunk = begun.unwrap_or_else(|| self.buffer());
         while !self.is_done() {
             if let Some(contents) = self.contents.take() {
@@ -111,7 +124,7 @@ impl Packer {
     }
 
     /// Begins the next entry of the innermost directory, or ends it.
-    fn step(&mut self, chunk: &mut Vec<u8>) -> io::Result<()> {
+    fn step(&mut self, chunk: &mut Vec<u8>) -> Result<(), PackError> {
         let Some(mut folder) = self.folders.pop() else {
             return Ok(());
         };
@@ -120,7 +133,7 @@ impl Packer {
             return Ok(());
         };
         if self.folders.len() + 1 >= DEPTH_MAX {
-            return Err(io::Error::other(format!("nested deeper than {DEPTH_MAX}")));
+            return Err(unfit("nested too deep"));
         }
         put(chunk, b"entry");
         put(chunk, b"(");
@@ -137,7 +150,7 @@ impl Packer {
         folder: Option<Folder>,
         name: &CString,
         mut kind: FileType,
-    ) -> io::Result<()> {
+    ) -> Result<(), PackError> {
         put(chunk, b"(");
         put(chunk, b"type");
         let is_entry = folder.is_some();
@@ -160,10 +173,10 @@ impl Packer {
             }
             FileType::Symlink => {
                 let stat = rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW)?;
-                self.note(&stat);
+                self.note(&stat)?;
                 Begun::Symlink(rustix::fs::readlinkat(dir, name, Vec::new())?)
             }
-            _ => return Err(io::Error::other("neither file, directory nor symlink")),
+            _ => return Err(unfit("neither file, directory nor symlink")),
         };
         self.folders.extend(folder);
         match begun {
@@ -171,7 +184,7 @@ impl Packer {
             Begun::Folder(fd) => self.folder(chunk, fd, is_entry),
             Begun::Symlink(target) => {
                 if target.as_bytes().len() > TARGET_BYTES_MAX {
-                    return Err(io::Error::other("a symlink's target is too long"));
+                    return Err(unfit("a symlink's target is too long"));
                 }
                 for word in [&b"symlink"[..], b"target", target.as_bytes()] {
                     put(chunk, word);
@@ -182,13 +195,13 @@ impl Packer {
         }
     }
 
-    fn file(&mut self, chunk: &mut Vec<u8>, fd: OwnedFd, is_entry: bool) -> io::Result<()> {
+    fn file(&mut self, chunk: &mut Vec<u8>, fd: OwnedFd, is_entry: bool) -> Result<(), PackError> {
         let stat = rustix::fs::fstat(&fd)?;
-        self.note(&stat);
+        self.note(&stat)?;
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-            return Err(changed());
+            return Err(unfit("no file any more"));
         }
-        let size = u64::try_from(stat.st_size).map_err(|_| changed())?;
+        let size = u64::try_from(stat.st_size).map_err(|_| unfit("a size below zero"))?;
         if size > READ_AHEAD_FROM {
             // Only advice: it may be refused.
             let _ = rustix::fs::fadvise(&fd, 0, None, Advice::Sequential);
@@ -203,6 +216,7 @@ impl Packer {
         self.contents = Some(Contents {
             fd,
             size,
+            written: written(&stat),
             left: size,
             is_entry,
         });
@@ -210,7 +224,11 @@ impl Packer {
     }
 
     /// Reads on into a chunk; `None`: the file is at its end, and closed.
-    fn read(&self, chunk: &mut Vec<u8>, mut contents: Contents) -> io::Result<Option<Contents>> {
+    fn read(
+        &self,
+        chunk: &mut Vec<u8>,
+        mut contents: Contents,
+    ) -> Result<Option<Contents>, PackError> {
         while contents.left > 0 {
             let (before, room) = (chunk.len(), chunk.capacity() - chunk.len());
             if room == 0 {
@@ -218,24 +236,34 @@ impl Packer {
             }
             match rustix::io::read(&contents.fd, spare_capacity(chunk)) {
                 Err(rustix::io::Errno::INTR) => continue,
-                read => read?,
+                Err(error) => {
+                    contents.is_unwritten()?;
+                    return Err(error.into());
+                }
+                Ok(_) => {}
             };
             let read = (chunk.len() - before) as u64;
             if read == 0 || read > contents.left {
-                return Err(changed());
+                return Err(PackError::Written);
             }
             contents.left -= read;
         }
         if chunk.capacity() - chunk.len() < STEP_BYTES_MAX {
             return Ok(Some(contents));
         }
+        contents.is_unwritten()?;
         pad(chunk, contents.size);
         close(chunk, contents.is_entry);
         Ok(None)
     }
 
-    fn folder(&mut self, chunk: &mut Vec<u8>, fd: OwnedFd, is_entry: bool) -> io::Result<()> {
-        self.note(&rustix::fs::fstat(&fd)?);
+    fn folder(
+        &mut self,
+        chunk: &mut Vec<u8>,
+        fd: OwnedFd,
+        is_entry: bool,
+    ) -> Result<(), PackError> {
+        self.note(&rustix::fs::fstat(&fd)?)?;
         put(chunk, b"directory");
         let mut entries = Vec::new();
         for entry in Dir::read_from(&fd)? {
@@ -254,21 +282,32 @@ impl Packer {
         Ok(())
     }
 
-    fn note(&mut self, stat: &Stat) {
-        let mut note = |fact: &[u8]| self.facts.update(fact);
-        note(&stat.st_dev.to_ne_bytes());
-        note(&stat.st_ino.to_ne_bytes());
-        note(&stat.st_mode.to_ne_bytes());
-        note(&stat.st_size.to_ne_bytes());
-        note(&stat.st_mtime.to_ne_bytes());
-        note(&stat.st_mtime_nsec.to_ne_bytes());
-        note(&stat.st_ctime.to_ne_bytes());
-        note(&stat.st_ctime_nsec.to_ne_bytes());
+    fn note(&mut self, stat: &Stat) -> Result<(), PackError> {
+        match self.ledger.take(stat) {
+            true => Ok(()),
+            false => Err(PackError::Differs),
+        }
     }
 
     fn buffer(&self) -> Vec<u8> {
         self.buffers
             .take(self.left.saturating_add(STEP_BYTES_MAX as u64))
+    }
+}
+
+impl Contents {
+    /// Sees that nobody wrote to the file since it was opened; a system that does not tell knows of no write.
+    ///
+    /// Its time of change is no matter here: another link to it, or the loss of one, is no write.
+    fn is_unwritten(&self) -> Result<(), PackError> {
+        let Ok(stat) = rustix::fs::fstat(&self.fd) else {
+            return Ok(());
+        };
+        let same = u64::try_from(stat.st_size) == Ok(self.size) && written(&stat) == self.written;
+        match same {
+            true => Ok(()),
+            false => Err(PackError::Written),
+        }
     }
 }
 
@@ -299,8 +338,24 @@ fn pad(chunk: &mut Vec<u8>, size: u64) {
     chunk.extend_from_slice(zeros.get(..count).unwrap_or_default());
 }
 
-fn changed() -> io::Error {
-    io::Error::other("a file changes while it is read")
+fn written(stat: &Stat) -> (i64, u64) {
+    (stat.st_mtime, stat.st_mtime_nsec)
+}
+
+fn unfit(what: &str) -> PackError {
+    PackError::Unreadable(io::Error::other(what))
+}
+
+impl From<io::Error> for PackError {
+    fn from(error: io::Error) -> Self {
+        Self::Unreadable(error)
+    }
+}
+
+impl From<rustix::io::Errno> for PackError {
+    fn from(error: rustix::io::Errno) -> Self {
+        Self::Unreadable(error.into())
+    }
 }
 
 const READ: OFlags = OFlags::RDONLY
