@@ -362,7 +362,11 @@ impl Writer {
 
     fn open_index(&self) -> Result<Index, IndexError> {
         let (path, options) = (self.shared.folder.index(), &self.shared.options);
-        let open = || Index::open(&path, options.index_cache_bytes, options.store_dir.clone());
+        let open = || {
+            // What keeps it from being made is what keeps it from being opened, and is said then.
+            _ = self.shared.folder.make_index();
+            Index::open(&path, options.index_cache_bytes, options.store_dir.clone())
+        };
         let opened = open().and_then(|index| Ok((index.last_use()?, index)));
         let (last_use, index) = match opened {
             Ok(opened) => opened,
