@@ -314,7 +314,10 @@ impl Writer {
                 if self.lock.is_none() {
                     shared.readable.store(readable, Ordering::Release);
                 }
-                return shared.degrade(error.to_string());
+                return shared.degrade(match &error {
+                    FolderError::Io { source, .. } => format!("{error}: {source}"),
+                    _ => error.to_string(),
+                });
             }
         }
         self.shared.readable.store(true, Ordering::Release);
