@@ -705,3 +705,82 @@ fn as_the_service_runs_the_same_check_under_its_settings() {
         assert!(checked.err.contains(word), "{word}: {}", checked.err);
     }
 }
+
+#[test]
+fn wrong_command_lines_are_told_with_the_way_out() {
+    let builder = Builder::new();
+    let client = Client::new(&builder);
+    let upstream = ["unix:///no/such/socket".to_owned()];
+    let check = |flags: &[&str]| client.check(&upstream, "", flags);
+    // Nothing that was checked is not all well.
+    let none = check(&["--only", "builder-a"]);
+    assert_eq!(none.status, 1, "{}", none.out);
+    assert!(
+        none.err.contains("matches no check") && none.err.contains("unix:///no/such/socket"),
+        "{}",
+        none.err
+    );
+    for flags in [
+        &["--only", "("][..],
+        &["--url", "ftp://x"],
+        &["--url", "x:99999"],
+        &["extra"],
+    ] {
+        let wrong = check(flags);
+        assert_eq!(wrong.status, 2, "{flags:?}: {}{}", wrong.out, wrong.err);
+    }
+    let path = check(&["--path", "hello"]);
+    assert_eq!(path.status, 1);
+    assert!(path.err.contains("--path hello"), "{}", path.err);
+
+    let says = |words: &str| {
+        let script = format!("#!/bin/sh\necho '{words}' >&2\nexit 1\n");
+        client.write("bin/systemctl", &script, 0o755);
+        let wrong = check(&["--as-service=other"]);
+        assert_eq!(wrong.status, 1);
+        wrong.err
+    };
+    let unknown = says("No files found for other.service.");
+    assert!(
+        unknown.contains("knows no unit other;") && unknown.contains("--as-service=UNIT"),
+        "{unknown}"
+    );
+    let without = says("System has not been booted with systemd as init system (PID 1).");
+    assert!(without.contains("needs a running systemd"), "{without}");
+
+    let found = client.check(
+        &[],
+        "secret-key-files = [\"/none\"]",
+        &["--json", "--only", "signing key"],
+    );
+    let found = found.json()["subjects"][0]["checks"].clone();
+    expect(&found, "signing key", "failed", "muster key generate");
+    expect(&found, "signing key", "failed", "name a key that is there");
+}
+
+/// Builders that accept and never answer take the time of one, not of all.
+#[test]
+fn upstreams_are_checked_at_the_same_time() {
+    let builder = Builder::new();
+    let client = Client::new(&builder);
+    let silent: Vec<_> = (0..6)
+        .map(|_| TcpListener::bind("127.0.0.1:0").unwrap())
+        .collect();
+    let port = |listener: &TcpListener| listener.local_addr().unwrap().port();
+    let upstreams: Vec<_> = silent
+        .iter()
+        .map(|listener| format!("ssh-ng://127.0.0.1:{}", port(listener)))
+        .collect();
+    let took = |upstreams: &[String]| {
+        let begun = std::time::Instant::now();
+        let checked = client.check(upstreams, "", &["--only", "^ssh", "--json"]);
+        assert_eq!(checked.status, 1);
+        let json = checked.json();
+        assert_eq!(json["subjects"].as_array().unwrap().len(), upstreams.len());
+        begun.elapsed().as_secs_f64()
+    };
+    let one = took(&upstreams[..1]);
+    let all = took(&upstreams);
+    assert!(one > 2.0, "it was waited for: {one} s");
+    assert!(all < 2.5 * one, "six took {all} s, one {one} s");
+}

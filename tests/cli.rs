@@ -191,8 +191,34 @@ fn a_mistake_in_a_flag_is_a_wrong_command_line() {
         place.muster(args).refused(2, &[words]);
     }
     place.muster(&[]).refused(2, &["Usage"]);
-    let none = place.muster(&["serve", "--secret-key-file", "/none"]);
-    none.refused(1, &["cannot read /none"]);
+    for (args, words) in [
+        (
+            &["serve", "--secret-key-file", "/none"][..],
+            &[
+                "cannot read /none",
+                "muster key generate NAME --secret-key-file /none",
+            ][..],
+        ),
+        (
+            &["sign-all", "--secret-key-file", "/none"],
+            &["cannot read /none", "muster key generate"],
+        ),
+        (
+            &["serve", "--secret-key-file", "none"],
+            &["cannot read none", "LoadCredential="],
+        ),
+        (
+            // An address for documents, which no machine has.
+            &["serve", "--no-machines", "--listen", "192.0.2.1:5000"],
+            &["192.0.2.1:5000", "this machine has no such address"],
+        ),
+        (
+            &["cache", "stats", "--cache-dir", "/none"],
+            &["no muster keeps NARs in /none", "--cache-dir"],
+        ),
+    ] {
+        place.muster(args).refused(1, words);
+    }
 }
 
 #[test]
@@ -406,7 +432,10 @@ fn keys_are_interchangeable_with_those_of_nix() {
     let to_stdout = place.muster(&["key", "generate", "out-1"]).ok();
     place.run(MUSTER, &["key", "public"], &to_stdout).ok();
     let garbled = place.run(MUSTER, &["key", "public"], "no key");
-    garbled.refused(1, &["standard input holds no secret key"]);
+    garbled.refused(
+        1,
+        &["standard input holds no secret key", "muster key public <"],
+    );
 }
 
 #[test]

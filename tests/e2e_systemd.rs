@@ -287,6 +287,65 @@ fn build_deb(lab: &Lab, revision: &str) -> String {
     format!("/lab/debian/{}", name.to_string_lossy())
 }
 
+/// Signs the folder of a stopped service as root, who makes anew what somebody deleted from it.
+fn root_leaves_nothing_that_the_service_cannot_use(
+    systemd: &Systemd<'_>,
+    narinfo: &str,
+    key: &str,
+) {
+    systemd
+        .run("rm -rf /var/cache/muster/.muster && muster key generate other-1 --secret-key-file /root/other")
+        .ok();
+    let signed = systemd
+        .run(&format!(
+            "muster sign-all --cache --json --former-public-key '{key}' \
+             --secret-key-file /root/other --secret-key-file /var/lib/muster/secret-key"
+        ))
+        .ok();
+    let report: Value = serde_json::from_str(&signed.out).unwrap_or_else(|_| panic!("{signed}"));
+    assert_ne!(report["signed"], 0, "{report:#}");
+    systemd
+        .run(&format!("grep '^Sig: other-1:' {narinfo}"))
+        .ok();
+    let made = systemd
+        .run("find /var/cache/muster -printf '%u:%g %p\\n'")
+        .ok()
+        .out;
+    assert!(made.contains("/.muster/lock"), "{made}");
+    let foreign = made
+        .lines()
+        .find(|line| !line.starts_with("muster:muster "));
+    assert_eq!(foreign, None, "{made}");
+
+    // A server tried by hand makes the index, which the service goes on with.
+    systemd
+        .run("! timeout 3 muster serve --no-machines --no-local-daemon --listen 127.0.0.1:5999 2>/dev/null")
+        .ok();
+    let made = systemd
+        .run("find /var/cache/muster -printf '%u:%g %p\\n'")
+        .ok()
+        .out;
+    assert!(made.contains("/.muster/index.redb"), "{made}");
+    let foreign = made
+        .lines()
+        .find(|line| !line.starts_with("muster:muster "));
+    assert_eq!(foreign, None, "{made}");
+    systemd
+        .run("systemctl start muster.socket muster.service")
+        .ok();
+    let report = || {
+        let shown = systemd.run("muster status --json");
+        serde_json::from_str::<Value>(&shown.out).unwrap_or_default()["cache"].take()
+    };
+    let used = || report()["degraded"].is_null() && report()["entries"].as_u64() > Some(0);
+    assert!(
+        eventually(20.0, used),
+        "{:#}\n{}",
+        report(),
+        systemd.journal("muster.service")
+    );
+}
+
 #[test]
 fn the_package_is_installed_started_upgraded_removed_and_purged() {
     let lab = Lab::new();
@@ -399,9 +458,7 @@ fn the_package_is_installed_started_upgraded_removed_and_purged() {
             "nix copy --from http://127.0.0.1:8080 --to /tmp/other --option trusted-public-keys '{key}' {path}"
         ))
         .ok();
-    systemd
-        .run("systemctl start muster.socket muster.service")
-        .ok();
+    root_leaves_nothing_that_the_service_cannot_use(&systemd, &narinfo, key);
 
     // An upgrade keeps what the operator wrote, the key, and what is enabled; what runs is the new one.
     systemd

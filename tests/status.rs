@@ -298,8 +298,15 @@ fn nobody_there_or_somebody_else() {
     assert_eq!(said.status, 1);
     assert!(said.err.contains("is no muster"), "{}", said.err);
 
-    let said = status(&["--url", "ftp://x"]);
-    assert_eq!(said.status, 2, "{}", said.err);
+    for wrong in [
+        "ftp://x",
+        "127.0.0.1:99999",
+        "http://127.0.0.1:x",
+        "http://[::1]:70000/a",
+    ] {
+        let said = status(&["--url", wrong]);
+        assert_eq!(said.status, 2, "{wrong}: {}", said.err);
+    }
 }
 
 #[test]

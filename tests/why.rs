@@ -139,6 +139,7 @@ fn who_has_it_and_who_would_take_it() {
         &format!("{}: does not have it", uri(&without, "")),
         &format!("{DEAD}: cannot tell"),
         "Connection refused",
+        "`muster check` says what to do about those",
         "server    none runs here; one would serve it",
         "client    takes it: muster signs it by client-1, which nix.conf trusts",
     ]);
@@ -176,9 +177,24 @@ fn who_has_it_and_who_would_take_it() {
     let json = client.json(3, &["0000000000000000000000000000000a"]);
     assert!(json["path"].is_null());
     assert_eq!(json["client"]["accepts"], false);
-    let said = client.why(&["hello"]);
-    assert_eq!(said.status, 1);
-    assert!(said.err.contains("is no store path"), "{}", said.err);
+    let said = client.why(&["0000000000000000000000000000000a"]);
+    said.says(&["(nobody who can tell has a path with this hash part)"]);
+    for (target, words) in [
+        (&["hello"][..], "is no store path"),
+        (&["nixpkgs#hello"], "nix eval --raw"),
+        (
+            &["--closure", "0000000000000000000000000000000a"],
+            "says more of each",
+        ),
+        (
+            &["--closure", "0000000000000000000000000000000a-x.drv"],
+            "make it here with nix-instantiate",
+        ),
+    ] {
+        let said = client.why(target);
+        assert_eq!(said.status, 1, "{target:?}: {}", said.out);
+        assert!(said.err.contains(words), "{target:?}: {}", said.err);
+    }
 }
 
 #[test]

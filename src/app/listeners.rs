@@ -88,6 +88,10 @@ fn bind(
                     "cannot listen on {address}: not permitted; ports below 1024 need \
                      CAP_NET_BIND_SERVICE"
                 ),
+                ErrorKind::AddrNotAvailable => anyhow::anyhow!(
+                    "cannot listen on {address}: this machine has no such address; name one of its \
+                     own (`ip address`), or 0.0.0.0 and [::] for all"
+                ),
                 _ => anyhow::Error::new(error).context(format!("cannot listen on {address}")),
             })?;
             let bound = listener.local_addr()?;

@@ -82,6 +82,11 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let dir = config.cache_dir.clone();
     let dir = dir.context("there is no folder for the cache; name it with --cache-dir")?;
     let open = || Upkeep::read_only(&dir, config.store_dir.clone());
+    // Asked for at once, so that all commands say the same of a folder that is none.
+    open().with_context(|| {
+        let dir = dir.display();
+        format!("no muster keeps NARs in {dir}; name the folder of the cache by --cache-dir")
+    })?;
     match args.command {
         Command::Stats => {
             let progress = counter("counting");

@@ -71,6 +71,18 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let subjects = runtime.block_on(subjects(args, &config, &keys, path.as_ref()))?;
     // Whatever still hangs has been given up.
     runtime.shutdown_background();
+    if let (Some(only), true) = (&args.only, subjects.is_empty()) {
+        let names = config.upstreams.iter().map(|upstream| &*upstream.name);
+        let names: Vec<_> = ["this side", "machines file"]
+            .into_iter()
+            .chain(names)
+            .collect();
+        anyhow::bail!(
+            "--only {only} matches no check; it is held against \"NAME: CHECK\", as in 'this side: port', \
+             and the names are: {}",
+            names.join(", ")
+        );
+    }
     let failed = count(&subjects, Outcome::Failed);
     let text = match args.json {
         true => format!("{:#}\n", to_json(&subjects)),

@@ -48,8 +48,17 @@ impl Server {
             None => format!("http://{text}"),
         };
         let (url, _) = url.split_once('?').unwrap_or((&url, ""));
+        // A port that is none is left out by `Uri`, and port 80 would be asked.
+        let port_is_read = |uri: &Uri| {
+            let authority = uri.authority().map_or("", |authority| authority.as_str());
+            let place = authority.rsplit('@').next().unwrap_or_default();
+            let (_, after) = place.rsplit_once(':').unwrap_or_default();
+            after.ends_with(']') || after.is_empty() || uri.port_u16().is_some()
+        };
         match url.parse::<Uri>() {
-            Ok(uri) if uri.host().is_some() => Ok(Self::Url(url.trim_end_matches('/').to_owned())),
+            Ok(uri) if uri.host().is_some() && port_is_read(&uri) => {
+                Ok(Self::Url(url.trim_end_matches('/').to_owned()))
+            }
             _ => Err(format!(
                 "{text:?} is not a URL such as http://127.0.0.1:5000"
             )),

@@ -78,7 +78,8 @@ fn public() -> anyhow::Result<()> {
     let input = stdin.lock().take(INPUT_BYTES_MAX as u64);
     let read = { input }.read_to_string(&mut text);
     read.context("cannot read standard input")?;
-    let key = SecretKey::parse(&text).context("standard input holds no secret key")?;
+    let key = SecretKey::parse(&text)
+        .context("standard input holds no secret key (muster key public < SECRET-KEY-FILE)")?;
     super::print(&format!("{}\n", key.public()))?;
     Ok(())
 }

@@ -44,7 +44,10 @@ fn page(command: &clap::Command) -> io::Result<Vec<u8>> {
     let extra = command.get_after_long_help().map(ToString::to_string);
     let rest = command.clone().after_long_help(None::<&'static str>);
     let mut page = Vec::new();
-    clap_mangen::Man::new(rest).render(&mut page)?;
+    let version = concat!("muster ", env!("CARGO_PKG_VERSION"));
+    // Without a date; clap_mangen writes nothing for an empty one, and the rest would move up.
+    let man = clap_mangen::Man::new(rest).date(" ");
+    man.source(version).manual("Muster").render(&mut page)?;
     page.extend(sections(&extra.unwrap_or_default()).into_bytes());
     Ok(page)
 }

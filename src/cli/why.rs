@@ -136,6 +136,10 @@ fn to_text(verdict: &Verdict) -> String {
             Tone::Bad,
         );
     }
+    let unsure = |holder: &verdict::Holder| matches!(holder.claim, Claim::Unknown(_));
+    if verdict.holders.iter().any(unsure) {
+        page.line(0, "`muster check` says what to do about those", Tone::Plain);
+    }
     page.gap();
     let tone = |good| if good { Tone::Good } else { Tone::Doubtful };
     page.item(

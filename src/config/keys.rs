@@ -47,7 +47,7 @@ pub(super) enum Found {
 #[derive(Debug, thiserror::Error)]
 pub enum KeyFileError {
     /// It cannot be read.
-    #[error("cannot read {}", path.display())]
+    #[error("cannot read {}{}", path.display(), remedy(path, source))]
     Read {
         /// The file.
         path: PathBuf,
@@ -107,6 +107,31 @@ pub enum KeyFileError {
     /// The system gives no random bytes.
     #[error("the system gives no random bytes: {0}")]
     Random(getrandom::Error),
+}
+
+impl KeyFileError {
+    /// Tells whether there is no such file.
+    pub fn is_missing(&self) -> bool {
+        matches!(self, Self::Read { source, .. } if source.kind() == io::ErrorKind::NotFound)
+    }
+}
+
+/// What to do about a key file that cannot be read, where that is known.
+fn remedy(path: &Path, error: &io::Error) -> String {
+    let bare = path.components().count() == 1 && path.is_relative();
+    match error.kind() {
+        io::ErrorKind::NotFound if bare => {
+            "; a name without slash is that of a credential of systemd (LoadCredential=)".to_owned()
+        }
+        io::ErrorKind::NotFound => format!(
+            "; make a key with `muster key generate NAME --secret-key-file {}`",
+            path.display()
+        ),
+        io::ErrorKind::PermissionDenied => {
+            "; it must belong to the user that muster runs as (chown)".to_owned()
+        }
+        _ => String::new(),
+    }
 }
 
 /// Reads the key in a file that its owner alone can read.

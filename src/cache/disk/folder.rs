@@ -24,6 +24,7 @@ use std::time::Duration;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 
 use super::super::nar_name::NarName;
+use super::owner;
 use crate::nix::cache_info::CacheInfo;
 use crate::nix::signature::PublicKey;
 use crate::nix::store_path::StorePathHash;
@@ -59,7 +60,7 @@ pub enum FolderError {
         wanted: String,
     },
     /// The system refused.
-    #[error("cannot use {}: {source}", path.display())]
+    #[error("cannot use {}", path.display())]
     Io {
         /// The file or folder.
         path: PathBuf,
@@ -105,6 +106,14 @@ impl Folder {
         self.own().join("index.redb")
     }
 
+    /// Makes an empty file for the index, where there is none: whoever opens it gives it its form.
+    pub fn make_index(&self) -> io::Result<()> {
+        match owner::create_file(&self.root, &self.index()) {
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
+            made => made.map(drop),
+        }
+    }
+
     fn own(&self) -> PathBuf {
         self.root.join(".muster")
     }
@@ -116,18 +125,22 @@ impl Folder {
     /// Makes what is not there yet and writes `nix-cache-info`, after a look at whose folder it is.
     pub fn make(&self, info: &CacheInfo) -> Result<(), FolderError> {
         self.check_store(info)?;
+        let made = DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(&self.root);
+        made.map_err(|source| refused(&self.root, source))?;
         for (path, mode) in [
             (self.nars(), 0o755),
-            (self.own(), 0o700),
-            (self.temp(), 0o700),
             // Nix makes these in a cache of files before it reads, which fails for who may only read.
             (self.root.join("realisations"), 0o755),
             (self.root.join("build-trace-v2"), 0o755),
             (self.root.join("log"), 0o755),
         ] {
-            let made = DirBuilder::new().recursive(true).mode(mode).create(&path);
-            made.map_err(|source| FolderError::Io { path, source })?;
+            let made = owner::create_dir(&self.root, &path, mode);
+            made.map_err(|source| refused(&path, source))?;
         }
+        self.make_own()?;
         let (path, text) = (self.cache_info(), info.render());
         if fs::read(&path).is_ok_and(|found| found == text.as_bytes()) {
             return Ok(());
@@ -138,7 +151,16 @@ impl Folder {
             file.write_all(text.as_bytes())?;
             temp.rename(&path)
         };
-        write().map_err(|source| FolderError::Io { path, source })
+        write().map_err(|source| refused(&path, source))
+    }
+
+    /// Makes the folders that readers do not look into, where they are not there.
+    pub fn make_own(&self) -> Result<(), FolderError> {
+        for path in [self.own(), self.temp()] {
+            let made = owner::create_dir(&self.root, &path, 0o700);
+            made.map_err(|source| refused(&path, source))?;
+        }
+        Ok(())
     }
 
     /// Refuses the cache of another store; a folder without `nix-cache-info` is nobody's yet.
@@ -166,9 +188,12 @@ impl Folder {
     pub fn lock(&self) -> Result<Lock, FolderError> {
         let path = self.own().join("lock");
         let lock = || {
-            let mut options = OpenOptions::new();
-            let file = options.write(true).create(true).truncate(false);
-            let file = file.open(&path)?;
+            let file = match owner::create_file(&self.root, &path) {
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                    OpenOptions::new().write(true).open(&path)?
+                }
+                made => made?,
+            };
             flock_soon(&file)?;
             let found = file.metadata()?;
             Ok(Lock {
@@ -178,7 +203,7 @@ impl Folder {
         };
         lock().map_err(|source: io::Error| match source.kind() {
             ErrorKind::WouldBlock => FolderError::InUse(self.root.clone()),
-            _ => FolderError::Io { path, source },
+            _ => refused(&path, source),
         })
     }
 
@@ -216,10 +241,14 @@ impl Folder {
         let path = self
             .temp()
             .join(format!("{kind}.{}.{number}", std::process::id()));
-        let mut options = OpenOptions::new();
-        // One of the same name can only be a dead process's.
-        let options = options.read(true).write(true).create(true).truncate(true);
-        let file = options.open(&path)?;
+        let file = match owner::create_file(&self.root, &path) {
+            // One of the same name can only be a dead process's.
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                fs::remove_file(&path)?;
+                owner::create_file(&self.root, &path)?
+            }
+            made => made?,
+        };
         Ok((Temp { path: Some(path) }, file))
     }
 
@@ -324,6 +353,11 @@ impl Drop for Temp {
             _ = fs::remove_file(path);
         }
     }
+}
+
+fn refused(path: &Path, source: io::Error) -> FolderError {
+    let path = path.to_owned();
+    FolderError::Io { path, source }
 }
 
 /// One key a line, in an order that does not depend on the configuration's.

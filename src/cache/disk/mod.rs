@@ -8,6 +8,7 @@
 //! reconcile the background pass at start    shared    state, and whether all is well
 //! upkeep    what `muster cache` does        verify    whether one NAR is right
 //! resign    narinfos after a change of keys  signing  its background pass
+//! owner     whose the files are
 //! ```
 //!
 //! Opening never fails and never scans: a folder that cannot be used is a degraded cache, which is
@@ -16,6 +17,7 @@
 mod commit;
 pub mod folder;
 pub mod index;
+mod owner;
 mod place;
 mod queue;
 mod reconcile;

@@ -82,6 +82,8 @@ impl Upkeep {
     /// Takes the lock, so that something may be removed; [`FolderError::InUse`] while a server has it.
     pub fn exclusive(dir: &Path, store_dir: StoreDir) -> Result<Self, FolderError> {
         let mut this = Self::read_only(dir, store_dir)?;
+        // Not there where Nix alone has written, or where somebody deleted it.
+        this.folder.make_own()?;
         this._lock = Some(this.folder.lock()?);
         let path = this.folder.index();
         // One that cannot be opened is made anew by the next server.

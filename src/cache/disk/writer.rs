@@ -320,7 +320,10 @@ impl Writer {
                 if self.lock.is_none() {
                     shared.readable.store(readable, Ordering::Release);
                 }
-                return shared.degrade(error.to_string());
+                return shared.degrade(match &error {
+                    FolderError::Io { source, .. } => format!("{error}: {source}"),
+                    _ => error.to_string(),
+                });
             }
         }
         self.shared.readable.store(true, Ordering::Release);
@@ -368,7 +371,11 @@ impl Writer {
 
     fn open_index(&self) -> Result<Index, IndexError> {
         let (path, options) = (self.shared.folder.index(), &self.shared.options);
-        let open = || Index::open(&path, options.index_cache_bytes, options.store_dir.clone());
+        let open = || {
+            // What keeps it from being made is what keeps it from being opened, and is said then.
+            _ = self.shared.folder.make_index();
+            Index::open(&path, options.index_cache_bytes, options.store_dir.clone())
+        };
         let opened = open().and_then(|index| Ok((index.last_use()?, index)));
         let (last_use, index) = match opened {
             Ok(opened) => opened,

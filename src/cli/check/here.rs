@@ -51,6 +51,9 @@ fn signing(config: &Config, keys: &Keys, subject: &mut Subject) {
                 config::Error::Value { .. } => {
                     "name one key of each name, or make another with `muster key generate`"
                 }
+                config::Error::Key { cause, .. } if cause.is_missing() => {
+                    "name a key that is there, or none: `muster serve` makes one"
+                }
                 _ => "the key must be readable for muster and nobody else (chmod 600, chown)",
             }));
         }

@@ -74,10 +74,11 @@ fn text(unit: &str) -> anyhow::Result<String> {
         .context("cannot run systemctl: --as-service needs a running systemd")?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);
-        bail!(
-            "systemd knows no unit {unit}: {}; name the right one: --as-service=UNIT",
-            said.trim()
-        );
+        let said = said.lines().map(str::trim).collect::<Vec<_>>().join("; ");
+        if said.contains("No files found") {
+            bail!("systemd knows no unit {unit}; name the right one: --as-service=UNIT");
+        }
+        bail!("cannot ask systemd for {unit}, and --as-service needs a running systemd: {said}");
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }

@@ -39,7 +39,12 @@ pub(super) async fn report(
                 Claim::Has(info) => Some(info.path),
                 Claim::Absent | Claim::Unknown(_) => None,
             });
-            found.with_context(|| format!("no upstream has a path with the hash part {hash}"))?
+            found.with_context(|| {
+                format!(
+                    "no upstream that can tell has a path with the hash part {hash}; `muster why {hash}` \
+                     says more of each"
+                )
+            })?
         }
     };
     let mut walk = Walk::new(config, upstreams);
@@ -151,7 +156,10 @@ impl<'w> Walk<'w> {
             }
         }
         if self.unreadable.first() == Some(top) {
-            bail!("{top} is neither in this machine's store nor at any upstream");
+            bail!(
+                "{top} is not in this machine's store, and no upstream gave it; make it here with \
+                 nix-instantiate, or name the path that it builds"
+            );
         }
         self.bar.set_message("asking");
         self.bar.set_position(0);

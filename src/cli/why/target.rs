@@ -30,10 +30,7 @@ impl Target {
             .and_then(|path| in_store(path.to_str()?, store_dir));
         match led {
             Some(path) => Ok(Self::Path(path)),
-            None => bail!(
-                "{text:?} is no store path: it must be like {store_dir}/<hash>-<name>, a hash part of 32 \
-                 characters, or a link such as ./result"
-            ),
+            None => bail!("{text:?} {}", refusal(text, store_dir)),
         }
     }
 
@@ -42,6 +39,33 @@ impl Target {
             Self::Path(path) => path.hash(),
             Self::Hash(hash) => *hash,
         }
+    }
+}
+
+/// Says what is wrong with a text that names no store path, and what to do.
+fn refusal(text: &str, store_dir: &StoreDir) -> String {
+    let name = text.rsplit('/').find(|name| !name.is_empty());
+    let foreign = name.is_some_and(|name| name.parse::<StorePath>().is_ok());
+    let led = Path::new(text).canonicalize();
+    if text.contains('#') {
+        return "is a flake's name and no store path: name what `nix eval --raw` prints for its \
+                .outPath, or .drvPath with --closure"
+            .to_owned();
+    }
+    if foreign && text.starts_with('/') {
+        return format!("is not in {store_dir}, the store that is asked about (store-dir)");
+    }
+    match led {
+        Ok(led) if led != Path::new(text) => {
+            format!("leads to {}, which is not in {store_dir}", led.display())
+        }
+        Err(_) if text.starts_with(['/', '.']) && !text.starts_with(store_dir.as_str()) => {
+            "is not there: name a link that leads to a store path, such as ./result".to_owned()
+        }
+        _ => format!(
+            "is no store path: it must be like {store_dir}/<hash>-<name>, a hash part of 32 characters \
+             (0-9 and a-z without e, o, t and u), or a link such as ./result"
+        ),
     }
 }
 
@@ -74,8 +98,23 @@ mod tests {
         std::os::unix::fs::symlink(format!("/nix/store/{name}"), &link).unwrap();
         let target = Target::parse(link.to_str().unwrap(), &dir).unwrap();
         assert_eq!(target, Target::Path(name.parse().unwrap()));
-        for text in ["hello", "/etc/passwd", "", "/nix/store"] {
-            assert!(Target::parse(text, &dir).is_err(), "{text}");
+        for (text, words) in [
+            ("hello", "is no store path"),
+            ("", "is no store path"),
+            ("/etc/passwd", "is no store path"),
+            ("/nix/store", "like /nix/store/<hash>-<name>"),
+            ("/nix/store/hello", "like /nix/store/<hash>-<name>"),
+            ("1q8w6gl1ll0mwfkqc3c2yx005s6wwfre", "without e, o, t and u"),
+            ("nixpkgs#hello", "nix eval --raw"),
+            ("./none", "is not there"),
+            (&format!("/gnu/store/{name}"), "is not in /nix/store"),
+        ] {
+            let error = Target::parse(text, &dir).unwrap_err().to_string();
+            assert!(error.contains(words), "{text}: {error}");
         }
+        let other = folder.path().join("other");
+        std::os::unix::fs::symlink("/dev/null", &other).unwrap();
+        let error = Target::parse(other.to_str().unwrap(), &dir).unwrap_err();
+        assert!(error.to_string().contains("leads to /dev/null"), "{error}");
     }
 }

@@ -85,7 +85,14 @@ impl Verdict {
     pub(super) fn title(&self) -> String {
         match &self.path {
             Some(path) => path.clone(),
-            None => format!("{} (nobody has a path with this hash part)", self.hash),
+            None => {
+                let unsure = |holder: &Holder| matches!(holder.claim, Claim::Unknown(_));
+                let who = match self.holders.iter().any(unsure) {
+                    true => "nobody who can tell",
+                    false => "nobody",
+                };
+                format!("{} ({who} has a path with this hash part)", self.hash)
+            }
         }
     }
 
