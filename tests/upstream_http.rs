@@ -537,6 +537,20 @@ async fn tls_is_judged() {
     )
     .await;
     assert!(!cause.is_empty());
+    // Accepted, and no word of TLS.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("https://localhost:{}", silent.local_addr().unwrap().port());
+    let begun = Instant::now();
+    let cause = down(
+        &Asking {
+            roots: Some(authority.roots()),
+            ..Asking::at(&url)
+        }
+        .start(),
+    )
+    .await;
+    assert!(cause.contains("no connection within"), "{cause}");
+    assert!(begun.elapsed() < Duration::from_secs(8));
 }
 
 #[tokio::test]

@@ -388,6 +388,23 @@ mod tests {
         assert!(decode(Compression::Xz, &file, 1000, 100).is_err());
     }
 
+    #[test]
+    fn a_greedy_zstd_is_refused() {
+        // A frame of one raw block, whose window is 2^(10 + exponent) bytes.
+        let file = |exponent: u8| {
+            let mut file = 0xfd2f_b528_u32.to_le_bytes().to_vec();
+            file.extend([0, exponent << 3, 0x21, 0, 0]);
+            file.extend(b"text");
+            file
+        };
+        assert_eq!(
+            decode(Compression::Zstd, &file(17), 1000, 100).unwrap(),
+            b"text"
+        );
+        assert!(decode(Compression::Zstd, &file(18), 1000, 100).is_err());
+        assert!(decode(Compression::Zstd, &file(21), 1000, 100).is_err());
+    }
+
     proptest::proptest! {
         #[test]
         fn any_bytes_end(

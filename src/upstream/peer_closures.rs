@@ -34,10 +34,13 @@ pub(super) struct PeerClosures {
     files: Arc<dyn CacheFiles>,
     store_dir: StoreDir,
     options: PeerClosureOptions,
-    found: Box<dyn Fn(&NarInfo) -> Result<(), Error> + Send + Sync>,
+    found: Box<Found>,
     // Never held over an await.
     told: Mutex<HashMap<StorePathHash, PathInfo>>,
 }
+
+/// What is done with each narinfo; an error is a fault of the whole answer.
+type Found = dyn Fn(&NarInfo) -> Result<(), Error> + Send + Sync;
 
 impl PeerClosures {
     /// Prepares to ask; `found` is shown each narinfo of a closure that has no fault, and may find one.

@@ -6,6 +6,7 @@
 //! place     a running fill                  writer    the one thread that changes anything
 //! commit    group commit                    removal   eviction and removal
 //! reconcile the background pass at start    shared    state, and whether all is well
+//! judged    files found right or wrong
 //! upkeep    what `muster cache` does        verify    whether one NAR is right
 //! resign    narinfos after a change of keys  signing  its background pass
 //! owner     whose the files are
@@ -17,6 +18,7 @@
 mod commit;
 pub mod folder;
 pub mod index;
+mod judged;
 mod owner;
 mod place;
 mod queue;
@@ -260,17 +262,17 @@ impl Backend for DiskCache {
     }
 
     fn proven(&self, name: &NarName, stamp: Stamp) {
-        self.shared.proven(name.path_hash, stamp);
+        self.shared.judged.proven(name.path_hash, stamp);
     }
 
     fn corrupt(&self, name: &NarName, cause: &str) {
-        self.shared.condemn(*name);
+        self.shared.judged.condemn(*name);
         if !self
             .shared
             .queue
             .push(Task::Corrupt(*name, cause.to_owned()))
         {
-            self.shared.removed(name);
+            self.shared.judged.removed(name);
         }
     }
 

@@ -1,6 +1,5 @@
 //! What the callers, the writer and the background pass of one cache on disk share.
 
-use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -16,6 +15,7 @@ use super::super::stamp::{Content, Stamp};
 use super::Options;
 use super::folder::Folder;
 use super::index::{Index, IndexError, Totals};
+use super::judged::Judged;
 use super::queue::{Denial, Queue};
 use super::text::{self, TextError};
 use crate::nix::cache_info::CacheInfo;
@@ -43,11 +43,8 @@ pub struct Shared {
     totals: Mutex<Totals>,
     /// Denials that wait for the writer; what they say holds already. No other lock is taken under it.
     denied: Mutex<Vec<Denial>>,
-    /// Entries that were found wrong, until the writer has removed them: they are none already. No other lock is
-    /// taken under it.
-    condemned: Mutex<Vec<NarName>>,
-    /// Stamps of files that were read and are right, until the index has them. No other lock is taken under it.
-    proven: Mutex<HashMap<StorePathHash, Stamp>>,
+    /// What was found of files and the index is yet to know.
+    pub judged: Judged,
     /// Who signs now. Held for the moment of cloning alone.
     signing: RwLock<Option<Arc<Signing>>>,
     /// Background passes that began. No other lock is taken under it.
@@ -95,6 +92,7 @@ impl Shared {
     pub fn new(folder: Folder, options: Options) -> Self {
         Self {
             queue: Queue::new(options.queue_max),
+            judged: Judged::new(options.queue_max),
             options,
             folder,
             index: RwLock::new(None),
@@ -103,8 +101,6 @@ impl Shared {
             degraded: Mutex::default(),
             totals: Mutex::default(),
             denied: Mutex::default(),
-            condemned: Mutex::default(),
-            proven: Mutex::default(),
             signing: RwLock::new(None),
             passes: Mutex::default(),
             reserved: AtomicU64::new(0),
@@ -173,7 +169,10 @@ impl Shared {
     /// Returns what is known of a path: by the index, or by its narinfo while that is not all in.
     pub fn known(&self, hash: StorePathHash) -> Option<Record> {
         let mut record = self.listed(hash)?;
-        if record.name().is_some_and(|name| self.is_condemned(&name)) {
+        if record
+            .name()
+            .is_some_and(|name| self.judged.is_wrong(&name))
+        {
             record.file = None;
         }
         let denied = lock(&self.denied);
@@ -204,7 +203,7 @@ impl Shared {
             return Content::Unknown(None);
         };
         let hash = name.path_hash;
-        let is_proven = lock(&self.proven).get(&hash) == Some(&found);
+        let is_proven = self.judged.right(hash) == Some(found);
         let is_noted = || {
             let index = self.index()?;
             index.stamp(hash).ok()?
@@ -213,38 +212,6 @@ impl Shared {
             return Content::Unchanged;
         }
         Content::Unknown(found.tells_from(SystemTime::now()).then_some(found))
-    }
-
-    /// Notes that a file with this stamp was read and is right.
-    pub fn proven(&self, hash: StorePathHash, stamp: Stamp) {
-        let mut proven = lock(&self.proven);
-        // Without an index they stay here; those that do not fit are read again.
-        if proven.len() < self.options.queue_max || proven.contains_key(&hash) {
-            proven.insert(hash, stamp);
-        }
-    }
-
-    /// Takes the stamps that the index is yet to have; `None` while there is no index.
-    pub fn take_proven(&self) -> Option<HashMap<StorePathHash, Stamp>> {
-        self.index()?;
-        Some(std::mem::take(&mut *lock(&self.proven)))
-    }
-
-    /// Has an entry be none from now on; the writer is yet to remove it.
-    pub fn condemn(&self, name: NarName) {
-        lock(&self.condemned).push(name);
-    }
-
-    /// Notes that the writer is done with an entry that was found wrong.
-    pub fn removed(&self, name: &NarName) {
-        let mut condemned = lock(&self.condemned);
-        if let Some(place) = condemned.iter().position(|n| n == name) {
-            condemned.swap_remove(place);
-        }
-    }
-
-    fn is_condemned(&self, name: &NarName) -> bool {
-        lock(&self.condemned).contains(name)
     }
 
     /// Returns what the index or the folder says of a path, whatever waits for the writer.

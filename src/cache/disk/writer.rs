@@ -160,11 +160,13 @@ impl Writer {
     fn write_touches(&mut self) {
         self.touched_at = Instant::now();
         let touches = std::mem::take(&mut self.touches);
-        let proven = self.shared.take_proven().unwrap_or_default();
-        let nothing = touches.is_empty() && proven.is_empty();
-        let Some(index) = self.shared.index().filter(|_| !nothing) else {
+        let Some(index) = self.shared.index() else {
             return;
         };
+        let proven = self.shared.judged.take_right();
+        if touches.is_empty() && proven.is_empty() {
+            return;
+        }
         self.change(&index, |changes| {
             for (hash, stamp) in proven {
                 changes.stamp(hash, Some(stamp))?;
@@ -252,7 +254,7 @@ impl Writer {
     fn corrupt(&self, name: &NarName, cause: &str) {
         let known = self.shared.listed(name.path_hash);
         if known.and_then(|record| record.name()) != Some(*name) {
-            return self.shared.removed(name);
+            return self.shared.judged.removed(name);
         }
         let file = self.shared.folder.nar(name);
         warn!(file = %file.display(), cause, "a cached nar is corrupt, the entry is removed");
@@ -263,7 +265,7 @@ impl Writer {
         }
         self.unlist(name.path_hash);
         removal::remove_files(&self.shared.folder, &[*name]);
-        self.shared.removed(name);
+        self.shared.judged.removed(name);
     }
 
     fn unlist(&self, hash: StorePathHash) {
