@@ -326,6 +326,26 @@ fn all_that_ssh_said_is_shown_on_demand() {
 }
 
 #[test]
+fn a_clock_that_is_wrong_is_told_with_the_remedy() {
+    let builder = Builder::new();
+    builder.add("file", b"content");
+    let client = Client::new(&builder);
+    let script = "#!/bin/sh\ncase $SSH_ORIGINAL_COMMAND in\n\
+                  date*) echo $(($(date +%s) + 7230)) ;;\n\
+                  *) exec sh -c \"$SSH_ORIGINAL_COMMAND\" ;;\nesac\n";
+    let forced = client.write("bin/forced", script, 0o755);
+    let sshd = builder.sshd(&format!("ForceCommand {}", forced.display()));
+    let found = client.findings(&uri(&builder, sshd.port, Some("host"), ""));
+    expect(
+        &found,
+        "clock",
+        "failed",
+        "ahead of ours -> set both clocks by NTP",
+    );
+    expect(&found, "fetch", "ok", "its hash is right");
+}
+
+#[test]
 fn accounts_that_run_one_program_only() {
     let builder = Builder::new();
     builder.add("file", b"content");

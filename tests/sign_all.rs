@@ -329,6 +329,79 @@ fn interrupted_and_started_again_it_goes_on() {
 }
 
 #[test]
+fn paths_that_a_store_refuses_are_counted_with_its_reason() {
+    let scene = Scene::new();
+    let store = scene.builder.rooted_store("one", 50);
+    // The store's own database refuses two of them, as a damaged one would.
+    let refused = [7, 31].map(numbered);
+    let names = refused
+        .each_ref()
+        .map(|path| format!("'{}'", scene.builder.store_dir.join(path)));
+    let trigger = format!(
+        "create trigger refuse before update on ValidPaths when new.path in ({}) \
+         begin select raise(abort, 'this one is refused'); end",
+        names.join(", ")
+    );
+    let database = rusqlite::Connection::open(store.database()).unwrap();
+    database.execute_batch(&trigger).unwrap();
+    drop(database);
+    let daemon = store.daemon("");
+    let uri = socket_uri(&daemon);
+    let (ok, json) = scene.json(&["--store", &uri]);
+    assert!(!ok, "{json:#}");
+    assert_eq!(counts(&json["stores"][0]), [50, 48, 0, 0, 0, 2], "{json:#}");
+    let failures = json["stores"][0]["failures"].as_array().unwrap();
+    let told: u64 = failures.iter().map(|f| f["count"].as_u64().unwrap()).sum();
+    assert_eq!(told, 2, "{json:#}");
+    for failure in failures {
+        let reason = failure["reason"].as_str().unwrap();
+        assert!(reason.contains("executing SQLite statement"), "{reason}");
+    }
+    let output = scene.run(&["--store", &uri]);
+    assert_eq!(output.status.code(), Some(1));
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        text.contains("failed: ") && text.contains("executing SQLite statement"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_terminal_shows_how_far_each_store_is() {
+    let scene = Scene::new();
+    let stores = ["one", "two"].map(|name| scene.builder.rooted_store(name, 4000));
+    let daemons = stores.each_ref().map(|store| store.daemon(""));
+    let line = format!(
+        "stty cols 200; {} sign-all --store-dir {} --secret-key-file {} --jobs 1 --store {} --store {}",
+        env!("CARGO_BIN_EXE_muster"),
+        scene.builder.store_dir,
+        scene.key_file.display(),
+        socket_uri(&daemons[0]),
+        socket_uri(&daemons[1]),
+    );
+    let output = Command::new("script")
+        .args(["-qec", &line, "/dev/null"])
+        .stdin(Stdio::null())
+        .output()
+        .expect("script(1) is needed");
+    let shown = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{shown}");
+    // The second waits while the first is signed, as --jobs 1 has it.
+    for words in [
+        "waits for its turn",
+        " of 4000 paths, ",
+        "/s, ",
+        " s left",
+        "done, 4000 signed",
+    ] {
+        assert!(shown.contains(words), "no {words:?} in {shown:?}");
+    }
+    for store in &stores {
+        assert!(store.verify(&scene.public()).0);
+    }
+}
+
+#[test]
 fn garbage_is_collected_meanwhile() {
     let scene = Scene::new();
     let store = scene.builder.rooted_store("one", 6000);

@@ -40,6 +40,14 @@ impl RootedStore<'_> {
         format!("local?root={}", self.root.display())
     }
 
+    /// Finds the store's database.
+    pub fn database(&self) -> PathBuf {
+        let mut find = Command::new("find");
+        let found = find.arg(&self.root).args(["-name", "db.sqlite"]).output();
+        let found = String::from_utf8(found.unwrap().stdout).unwrap();
+        PathBuf::from(found.lines().next().expect("a store has a database"))
+    }
+
     /// Copies the store with its database; no process may use it.
     pub fn copy(&self) -> Self {
         static COPIES: AtomicU64 = AtomicU64::new(0);
