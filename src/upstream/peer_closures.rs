@@ -29,12 +29,15 @@ pub struct PeerClosureOptions {
     pub paths_max: usize,
 }
 
+/// Takes a narinfo that was told, or finds fault with it.
+type Found = dyn Fn(&NarInfo) -> Result<(), Error> + Send + Sync;
+
 /// One closure of another muster. What it is told with the list of paths it keeps for the question that follows.
 pub(super) struct PeerClosures {
     files: Arc<dyn CacheFiles>,
     store_dir: StoreDir,
     options: PeerClosureOptions,
-    found: Box<dyn Fn(&NarInfo) -> Result<(), Error> + Send + Sync>,
+    found: Box<Found>,
     // Never held over an await.
     told: Mutex<HashMap<StorePathHash, PathInfo>>,
 }
