@@ -4,13 +4,14 @@
 //!   c-2.8 … m  --- here
 //!      line: 20 ms each way, for ssh and http alike; as wide as the machine, or 100 Mbit/s where said
 //!   b1 b2 b3   builders: Nix 2.8, sshd, nix-daemon; b2 alone has the closure and the large path
+//!              and, where said, a muster each over its own store, asked over the same line or past it
 //!   www        nginx, the same paths as `nix copy --to file://…?compression=zstd` wrote them
 //! ```
 //!
 //! The line is the rig's relay: each byte arrives 20 ms after it was sent, and a connection's first ones a round
 //! trip later still. It has no slow start and loses nothing, to the gain of both sides. Whatever is compared is
-//! taken in turn, forth and back, as in benches/lan.rs; Muster is started anew for every single time, connected,
-//! and left alone for two seconds.
+//! taken in turn, forth and back, as in benches/lan.rs; Muster is started anew for every single time, on the
+//! builders too, with nothing kept, connected, and left alone for two seconds.
 
 #[path = "../tests/rig/mod.rs"]
 mod rig;
@@ -41,11 +42,11 @@ fn wan() {
             }
             all.iter()
                 .for_each(|via| scene.closure(client, *via, &mut figures));
-            for via in [Via::Nginx, Via::Muster] {
+            for via in [Via::Nginx, Via::Muster, Via::Peers, Via::PeersNear] {
                 scene.misses(client, via, &mut figures);
             }
             if options.large_mib > 0 {
-                for via in [Via::Nginx, Via::Muster] {
+                for via in [Via::Nginx, Via::Muster, Via::Peers] {
                     scene.large(client, via, &mut figures);
                 }
             }
@@ -55,7 +56,8 @@ fn wan() {
         }
     }
     if options.large_mib > 0 {
-        scene.loaded(&mut figures);
+        scene.loaded(Via::Muster, &mut figures);
+        scene.loaded(Via::Peers, &mut figures);
     }
     scene.judge(&mut figures);
     let about = scene.about(&options);
@@ -109,12 +111,17 @@ enum Via {
     Levels,
     /// With nothing fetched ahead.
     Nothing,
+    /// The builders run muster.
+    Peers,
+    /// The same without the line: the LAN's figure.
+    PeersNear,
 }
 
 impl Via {
-    const ALL: [Self; 5] = [
+    const ALL: [Self; 6] = [
         Self::Nginx,
         Self::Muster,
+        Self::Peers,
         Self::NoNars,
         Self::Levels,
         Self::Nothing,
@@ -127,12 +134,23 @@ impl Via {
             Self::NoNars => "muster, no NARs ahead",
             Self::Levels => "muster, level by level, no NARs ahead",
             Self::Nothing => "muster, nothing ahead",
+            Self::Peers => PEERS,
+            Self::PeersNear => PEERS_NEAR,
+        }
+    }
+
+    /// The port of the builders' musters: behind the line, or their own.
+    fn peers(self) -> Option<u16> {
+        match self {
+            Self::Peers => Some(5000),
+            Self::PeersNear => Some(PEER_PORT),
+            _ => None,
         }
     }
 
     fn config(self) -> &'static str {
         match self {
-            Self::Nginx | Self::Muster => "",
+            Self::Nginx | Self::Muster | Self::Peers | Self::PeersNear => "",
             Self::NoNars => "prefetch-nars = 0",
             Self::Levels => "prefetch-nars = 0\nprefetch-closure = false",
             Self::Nothing => "prefetch = false",
@@ -142,6 +160,17 @@ impl Via {
 
 const NGINX: &str = "nginx over the line";
 const MUSTER: &str = "muster";
+const PEERS: &str = "muster, builders run muster";
+const PEERS_NEAR: &str = "muster, builders run muster, no line";
+
+/// What a road needs while it is taken.
+struct Road<'a> {
+    muster: Option<Muster<'a>>,
+    /// The builders' musters.
+    _peers: Vec<Process>,
+    url: String,
+    key: String,
+}
 
 struct Scene {
     // Stopped before its machine.
@@ -186,7 +215,10 @@ impl Scene {
             delay_ms: options.delay_ms,
             ..Line::default()
         };
-        builders.iter().for_each(|builder| builder.behind(line));
+        for builder in &builders {
+            builder.behind(line);
+            builder.reach_over(5000, PEER_PORT, line);
+        }
         let www = lab.machine("www", Nix::Debian12);
         www.write("/etc/lab-nginx.conf", NGINX_CONF);
         let nginx = www.spawn("nginx", "nginx -c /etc/lab-nginx.conf");
@@ -215,11 +247,11 @@ impl Scene {
     }
 
     fn closure(&self, client: &Machine, via: Via, figures: &mut Figures) {
-        let (muster, url, key) = self.serve(via);
+        let road = self.serve(via);
         client.fresh_store();
-        let line = format!("nix-store --realise {} {}", self.top, using(&url, &key));
+        let line = format!("nix-store --realise {} {}", self.top, road.using());
         let got = client.run_for(120.0, &line);
-        let log = muster.as_ref().map(Muster::log).unwrap_or_default();
+        let log = road.muster.as_ref().map(Muster::log).unwrap_or_default();
         let got = got.ok();
         assert_eq!((got.built(), got.copied()), (0, self.paths), "{got}\n{log}");
         figures.add(
@@ -229,7 +261,7 @@ impl Scene {
             Unit::Seconds,
             got.secs,
         );
-        if muster.is_some() && env::var_os("MUSTER_WAN_SHOW").is_some() {
+        if road.muster.is_some() && env::var_os("MUSTER_WAN_SHOW").is_some() {
             let report = self.muster.run(HEALTHZ).out;
             eprintln!("{}: {:.3} s {report}\n{log}", via.name(), got.secs);
         }
@@ -237,11 +269,11 @@ impl Scene {
 
     /// A dry run of as many paths that nobody has.
     fn misses(&self, client: &Machine, via: Via, figures: &mut Figures) {
-        let (_muster, url, key) = self.serve(via);
+        let road = self.serve(via);
         client.fresh_store();
         let args = format!("--arg n {} --argstr seed nobody", self.paths - 1);
         let derivation = client.instantiate("dag", &args).concat();
-        let using = using(&url, &key);
+        let using = road.using();
         let line = format!("nix-store --realise --dry-run {derivation} {using}");
         let got = client.run_for(60.0, &line).ok();
         assert!(got.err.contains("will be built"), "{got}");
@@ -249,13 +281,9 @@ impl Scene {
     }
 
     fn large(&self, client: &Machine, via: Via, figures: &mut Figures) {
-        let (_muster, url, key) = self.serve(via);
+        let road = self.serve(via);
         client.fresh_store();
-        let line = format!(
-            "nix-store --realise {} {}",
-            self.large[0],
-            using(&url, &key)
-        );
+        let line = format!("nix-store --realise {} {}", self.large[0], road.using());
         let got = client.run_for(120.0, &line).ok();
         assert_eq!((got.built(), got.copied()), (0, 1), "{got}");
         figures.add(LARGE, version(client), via.name(), Unit::Seconds, got.secs);
@@ -271,14 +299,15 @@ impl Scene {
     }
 
     /// Look-ups while four large NARs run over a thin line.
-    fn loaded(&self, figures: &mut Figures) {
+    fn loaded(&self, via: Via, figures: &mut Figures) {
         let thin = Line {
             delay_ms: 20,
             bytes_per_second: 100_000_000 / 8,
             ..Line::default()
         };
         self.builders[1].behind(thin);
-        let mut muster = self.start("");
+        self.builders[1].reach_over(5000, PEER_PORT, thin);
+        let (mut muster, _peers) = self.start(via);
         let narinfos: Vec<_> = self.large.iter().map(|path| muster.narinfo(path)).collect();
         let url = muster.url();
         let get = |place: usize, url: &str| {
@@ -300,25 +329,58 @@ impl Scene {
         }
         drop(nars);
         waits.sort_by(f64::total_cmp);
-        for (percent, what) in [(50, "p50"), (99, "p99")] {
+        for percent in [50, 99] {
             let wait = waits[(waits.len() * percent / 100).min(waits.len() - 1)];
-            figures.add(LOADED, "", what, Unit::Milliseconds, wait);
+            let what = format!("{}, p{percent}", via.name());
+            figures.add(LOADED, "", &what, Unit::Milliseconds, wait);
         }
     }
 
-    /// Starts what a road needs; the URL and the key for the client.
-    fn serve(&self, via: Via) -> (Option<Muster<'_>>, String, String) {
+    /// Starts what a road needs.
+    fn serve(&self, via: Via) -> Road<'_> {
         if via == Via::Nginx {
-            return (None, "http://www".into(), self.key.clone());
+            return Road {
+                muster: None,
+                _peers: Vec::new(),
+                url: "http://www".into(),
+                key: self.key.clone(),
+            };
         }
-        let muster = self.start(via.config());
-        let (url, key) = (muster.url(), muster.key());
-        (Some(muster), url, key)
+        let (muster, peers) = self.start(via);
+        Road {
+            url: muster.url(),
+            key: muster.key(),
+            muster: Some(muster),
+            _peers: peers,
+        }
     }
 
-    fn start(&self, config: &str) -> Muster<'_> {
+    /// Starts a muster on each builder, over its own store alone.
+    fn start_peers(&self) -> Vec<Process> {
+        let start = |builder: &Machine| {
+            builder.run(FORGET).ok();
+            let line = format!("muster serve --no-machines --listen 0.0.0.0:{PEER_PORT}");
+            let peer = builder.spawn("muster", &line);
+            builder.await_port(PEER_PORT);
+            peer
+        };
+        self.builders.iter().map(start).collect()
+    }
+
+    fn start(&self, via: Via) -> (Muster<'_>, Vec<Process>) {
         let file = "/etc/muster.toml";
-        self.muster.write(file, config);
+        let mut config = via.config().to_owned();
+        let mut peers = Vec::new();
+        if let Some(port) = via.peers() {
+            peers = self.start_peers();
+            config.push_str("machines = false\n");
+            for builder in &self.builders {
+                let uri = format!("http://{}:{port}", builder.name);
+                config.push_str(&format!("[[upstreams]]\nuri = \"{uri}\"\ntrusted = true\n"));
+            }
+        }
+        self.muster.run(FORGET).ok();
+        self.muster.write(file, &config);
         let args = format!("--config {file} --listen 0.0.0.0:5000");
         let muster = Muster::start(&self.muster, &args);
         let well = || {
@@ -331,7 +393,7 @@ impl Scene {
         assert!(eventually(30.0, || well() == 3), "{}", muster.log());
         // Sessions for NARs and closures log in, too.
         thread::sleep(Duration::from_secs(2));
-        muster
+        (muster, peers)
     }
 
     fn judge(&self, figures: &mut Figures) {
@@ -340,10 +402,16 @@ impl Scene {
                 figures.set_goal(CLOSURE, client, via.name(), Goal::Beside(NGINX));
             }
             figures.set_goal(CLOSURE, client, MUSTER, Goal::AtMost(1.0));
+            figures.set_goal(CLOSURE, client, PEERS, Goal::AtMost(0.6));
             figures.set_goal(MISSES, client, MUSTER, Goal::AtMost(0.6));
+            figures.set_goal(MISSES, client, PEERS, Goal::Times(1.2, PEERS_NEAR));
             figures.set_goal(LARGE, client, MUSTER, Goal::Times(1.1, CAT));
+            figures.set_goal(LARGE, client, PEERS, Goal::Times(1.0, NGINX));
         }
-        figures.set_goal(LOADED, "", "p99", Goal::AtMost(250.0));
+        for via in [MUSTER, PEERS] {
+            let what = format!("{via}, p99");
+            figures.set_goal(LOADED, "", &what, Goal::AtMost(250.0));
+        }
     }
 
     fn about(&self, options: &Options) -> String {
@@ -365,8 +433,11 @@ impl Scene {
     }
 }
 
-fn using(url: &str, key: &str) -> String {
-    format!("--option substituters '{url}' --option trusted-public-keys '{key}'")
+impl Road<'_> {
+    fn using(&self) -> String {
+        let Self { url, key, .. } = self;
+        format!("--option substituters '{url}' --option trusted-public-keys '{key}'")
+    }
 }
 
 fn version(client: &Machine) -> &str {
@@ -378,6 +449,12 @@ const MISSES: &str = "as many paths that nobody has, dry run";
 const LARGE: &str = "one large path";
 const LOADED: &str = "look-up while four large NARs run over 100 Mbit/s";
 const CAT: &str = "bare ssh cat";
+
+/// Where the builders' musters listen, beyond the line.
+const PEER_PORT: u16 = 5001;
+
+/// What a muster has kept.
+const FORGET: &str = "rm -rf /var/cache/muster /root/.cache/muster";
 
 const HEALTHZ: &str = "busybox wget -q -O - http://127.0.0.1:5000/healthz";
 

@@ -29,6 +29,9 @@ pub struct PeerClosureOptions {
     pub paths_max: usize,
 }
 
+/// Takes a narinfo that was told, or finds fault with it.
+type Found = dyn Fn(&NarInfo) -> Result<(), Error> + Send + Sync;
+
 /// One closure of another muster. What it is told with the list of paths it keeps for the question that follows.
 pub(super) struct PeerClosures {
     files: Arc<dyn CacheFiles>,
