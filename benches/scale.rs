@@ -7,8 +7,8 @@
 //! ```
 //!
 //! Load is wrk's over loopback, CPU time from a control group of Muster's own. Each point is the median of
-//! the rounds, the points of a curve taken in turn; those over the size of the store are not, as it only grows.
-//! Paths of the large store are in its database alone.
+//! the rounds, the catalog's of every fourth. The points of a curve are taken in turn; those over the size of
+//! the store are not, as it only grows. Paths of the large store are in its database alone.
 
 #[path = "../tests/rig/mod.rs"]
 mod rig;
@@ -24,9 +24,12 @@ use std::env;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::thread;
+use std::time::Duration;
 
 use figures::cpu::CpuGroup;
-use figures::{Figures, Unit};
+use figures::{
+    BY_BUILDERS, BY_CLIENTS, BY_CLIENTS_P99, BY_PATHS, BY_ROUND_TRIP, Figures, Goal, Unit,
+};
 use load::{Load, add_entries, add_small, small_name};
 use rig::muster::narinfo_target;
 use rig::{Lab, Line, Machine, Muster, Nix, eventually};
@@ -64,7 +67,9 @@ fn scale() {
         eprintln!("-- builders and clients, {} of {rounds}", round + 1);
         by_builders(&b, round, secs, &mut figures);
         by_clients(&b, &paths, secs, &mut figures);
+        by_road(&b, &paths, round, &mut figures);
     }
+    figures.set_goal(BY_ROAD, "", IN_PLACE, Goal::Beside(THROUGH_DAEMON));
     let sizes = (3..).map(|power| 10_usize.pow(power));
     for size in sizes.take_while(|size| *size <= most) {
         eprintln!("-- {size} paths");
@@ -72,7 +77,8 @@ fn scale() {
         for _ in 0..rounds {
             by_paths(&b, &paths, &mut figures);
         }
-        for _ in 0..rounds {
+        // Memory and heartbeats are the same each time, and take seconds.
+        for _ in 0..rounds.div_ceil(4) {
             catalog::measure(&b, size, &mut figures);
         }
     }
@@ -90,7 +96,7 @@ fn scale() {
         fs::write(file, format!("{text:#}\n")).expect("write the JSON file");
     }
     if let Some(file) = text("MUSTER_SCALE_SVG") {
-        let picture = figures.curves("How the cost grows", &about, &CURVES);
+        let picture = figures.curves("How the cost grows", &about, &figures::SCALE_CURVES);
         fs::write(file, picture).expect("write the SVG file");
     }
     println!("\n{about}\n\n{}", figures.table());
@@ -138,6 +144,31 @@ fn by_paths(b: &Machine, paths: &[String], figures: &mut Figures) {
     let each = cpu.used().as_secs_f64() * 1e6 / COLD_PATHS as f64;
     let via = paths.len().to_string();
     figures.add(BY_PATHS, "", &via, Unit::Microseconds, each);
+}
+
+/// What a path of the own store costs Muster and the daemon together, read in place and not.
+fn by_road(b: &Machine, paths: &[String], round: usize, figures: &mut Figures) {
+    for road in in_turn([0, 1], round) {
+        let (name, how) = [(IN_PLACE, "auto"), (THROUGH_DAEMON, "daemon")][road];
+        let file = "/etc/muster/road.toml";
+        b.write(
+            file,
+            &format!("machines = false\nlocal-store = \"{how}\"\n"),
+        );
+        // The daemon's process for Muster is a child of one that is in the group.
+        let cpu = CpuGroup::new("scale");
+        for pid in b.processes("nix-daemon") {
+            cpu.take(pid);
+        }
+        let muster = Muster::serve(b, &format!("--config {file} --cache-size 0"));
+        cpu.take(muster.pid());
+        thread::sleep(Duration::from_secs(1));
+        let before = cpu.used();
+        let targets = paths[..COLD_PATHS].iter();
+        load::once(b, 5000, targets.map(|path| narinfo_target(path)));
+        let each = (cpu.used() - before).as_secs_f64() * 1e6 / COLD_PATHS as f64;
+        figures.add(BY_ROAD, "", name, Unit::Microseconds, each);
+    }
 }
 
 /// All of them, backwards in every second round; the table lists them as they come in the first.
@@ -224,7 +255,7 @@ impl RoundTrips {
         let ask = "busybox wget -q -O - http://127.0.0.1:5000/healthz";
         let well = || self.m.run(ask).out.contains(r#""state":"well""#);
         assert!(eventually(20.0, well), "{}", muster.log());
-        thread::sleep(std::time::Duration::from_secs(2));
+        thread::sleep(Duration::from_secs(2));
         self.c.fresh_store();
         let got = self.c.run_for(
             120.0,
@@ -256,20 +287,6 @@ const SOCKET: &str = "/nix/var/nix/daemon-socket/socket";
 /// Paths that are looked up cold, spread over the whole store.
 const COLD_PATHS: usize = 1_000;
 
-/// The panels of the picture, and what their numbers count.
-const CURVES: [(&str, &str); 8] = [
-    (BY_BUILDERS, "builders"),
-    (BY_PATHS, "paths in the store"),
-    (BY_CLIENTS, "connections"),
-    (BY_CLIENTS_P99, "connections"),
-    (BY_ROUND_TRIP, "round trip to the builder, ms"),
-    (catalog::MEMORY, "paths in the store"),
-    (catalog::ADDED, "paths in the store"),
-    (catalog::DELETED, "paths in the store"),
-];
-
-const BY_BUILDERS: &str = "a path that nobody has, CPU a request";
-const BY_PATHS: &str = "a path found for the first time, CPU a request";
-const BY_CLIENTS: &str = "narinfo hit, CPU a request";
-const BY_CLIENTS_P99: &str = "narinfo hit, p99";
-const BY_ROUND_TRIP: &str = "closure of 201 paths, cold, real client";
+const BY_ROAD: &str = "own store, a path found for the first time, CPU of Muster and nix-daemon";
+const IN_PLACE: &str = "muster, read in place";
+const THROUGH_DAEMON: &str = "through its daemon";
