@@ -54,7 +54,7 @@ fn probe(paths: &[&str], mut is_known: impl FnMut(&str) -> bool) -> f64 {
         let known = is_known(path);
         let after = begun.elapsed();
         std::thread::sleep(BETWEEN);
-        known.then(|| after.as_secs_f64() * 1000.0)
+        known.then_some(after.as_secs_f64() * 1000.0)
     });
     let known = asked.find_map(|known| known);
     known.unwrap_or_else(|| panic!("not known after {:?}", begun.elapsed()))
