@@ -514,6 +514,7 @@ impl<'s> OwnStore<'s> {
 
 fn judge(scene: &Scene, figures: &mut Figures) {
     figures.set_goal(HIT, "", MUSTER, Goal::Times(0.70, NGINX));
+    figures.set_goal(HIT, "", MUSTER, Goal::Times(1.0, NGINX_OPEN));
     figures.set_goal(HIT, "", NGINX_OPEN, Goal::Beside(NGINX));
     figures.set_goal(MISS, "", MUSTER, Goal::Times(0.85, NGINX));
     figures.set_goal(ONE, "", MUSTER, Goal::Times(1.0, NGINX));

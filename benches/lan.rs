@@ -102,17 +102,20 @@ enum Via {
     SilentAtStart,
     /// The same after Muster has given it up.
     Silent,
+    /// The same when it falls silent after Muster is connected, just before the client asks.
+    TurnsSilent,
     SshNg,
 }
 
 impl Via {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::Nginx,
         Self::Zstd,
         Self::NoNarsAhead,
         Self::Plain,
         Self::SilentAtStart,
         Self::Silent,
+        Self::TurnsSilent,
         Self::SshNg,
     ];
 
@@ -124,12 +127,16 @@ impl Via {
             Self::Plain => PLAIN,
             Self::SilentAtStart => SILENT_AT_START,
             Self::Silent => SILENT,
+            Self::TurnsSilent => TURNS_SILENT,
             Self::SshNg => SSH_NG,
         }
     }
 
     fn can_miss(self) -> bool {
-        matches!(self, Self::Nginx | Self::Zstd)
+        matches!(
+            self,
+            Self::Nginx | Self::Zstd | Self::Silent | Self::TurnsSilent
+        )
     }
 }
 
@@ -139,6 +146,7 @@ const NO_NARS_AHEAD: &str = "muster, zstd, no NARs ahead";
 const PLAIN: &str = "muster, none";
 const SILENT_AT_START: &str = "muster, zstd, one builder silent, in the first 5 s";
 const SILENT: &str = "muster, zstd, one builder silent";
+const TURNS_SILENT: &str = "muster, zstd, one builder turns silent";
 const SSH_NG: &str = "plain ssh-ng";
 
 /// All machines, and what they have.
@@ -207,6 +215,7 @@ impl Scene {
     fn closure(&self, client: &Machine, via: Via, figures: &mut Figures) {
         let (muster, url, key) = self.serve(via);
         client.fresh_store();
+        let _silent = self.silence(via);
         let got = self.realise(client, &url, &key, 60.0);
         let log = muster.as_ref().map(Muster::log).unwrap_or_default();
         let got = got.ok();
@@ -239,6 +248,7 @@ impl Scene {
             "nix-store --realise --dry-run {derivation} {}",
             using(&url, &key)
         );
+        let _silent = self.silence(via);
         let got = client.run_for(60.0, &line).ok();
         assert!(got.err.contains("will be built"), "{got}");
         figures.add(MISSES, version(client), via.name(), Unit::Seconds, got.secs);
@@ -249,7 +259,7 @@ impl Scene {
         let args = match via {
             Via::Nginx => return (None, "http://www".into(), self.key.clone()),
             Via::SshNg => return (None, SSH_NG_URLS.into(), self.key.clone()),
-            Via::Zstd => "",
+            Via::Zstd | Via::TurnsSilent => "",
             Via::NoNarsAhead => "--config /etc/muster-no-nars-ahead.toml",
             Via::Plain => "--compression none",
             Via::Silent | Via::SilentAtStart => "--machines /etc/nix/machines.silent",
@@ -263,6 +273,14 @@ impl Scene {
         }
         let (url, key) = (muster.url(), muster.key());
         (Some(muster), url, key)
+    }
+
+    /// Stops the builder that is to fall silent until the result is dropped.
+    fn silence(&self, via: Via) -> Option<Frozen<'_>> {
+        (via == Via::TurnsSilent).then(|| {
+            self.builders[0].freeze();
+            Frozen(&self.builders[0])
+        })
     }
 
     fn await_well(&self, muster: &mut Muster<'_>, well: usize) {
@@ -336,13 +354,16 @@ impl Scene {
 
     fn judge(&self, figures: &mut Figures) {
         for client in self.clients.iter().map(version) {
-            figures.set_goal(CLOSURE, client, ZSTD, Goal::Times(1.5, NGINX));
+            figures.set_goal(CLOSURE, client, ZSTD, Goal::Times(1.1, NGINX));
             figures.set_goal(CLOSURE, client, NO_NARS_AHEAD, Goal::Beside(NGINX));
-            figures.set_goal(CLOSURE, client, PLAIN, Goal::Times(1.5, NGINX));
+            figures.set_goal(CLOSURE, client, PLAIN, Goal::Times(1.1, NGINX));
             figures.set_goal(CLOSURE, client, SILENT_AT_START, Goal::Plus(0.1, ZSTD));
             figures.set_goal(CLOSURE, client, SILENT, Goal::Plus(0.1, ZSTD));
+            figures.set_goal(CLOSURE, client, TURNS_SILENT, Goal::Plus(0.1, ZSTD));
             figures.set_goal(CLOSURE, client, SSH_NG, Goal::Beside(NGINX));
-            figures.set_goal(MISSES, client, ZSTD, Goal::Beside(NGINX));
+            figures.set_goal(MISSES, client, ZSTD, Goal::Times(1.2, NGINX));
+            figures.set_goal(MISSES, client, SILENT, Goal::Plus(0.05, ZSTD));
+            figures.set_goal(MISSES, client, TURNS_SILENT, Goal::Plus(1.5, ZSTD));
         }
         figures.set_goal(FIRST_INFO, "", "", Goal::AtMost(100.0));
         figures.set_goal(MEMORY, "", "", Goal::AtMost(20.0));
@@ -364,6 +385,15 @@ impl Scene {
                 .unwrap_or_default()
                 .trim(),
         )
+    }
+}
+
+/// A builder that accepts and says nothing, until this is dropped.
+struct Frozen<'m>(&'m Machine);
+
+impl Drop for Frozen<'_> {
+    fn drop(&mut self) {
+        self.0.thaw();
     }
 }
 

@@ -7,24 +7,30 @@
 //! ```
 //!
 //! Load is wrk's over loopback, CPU time from a control group of Muster's own. Each point is the median of
-//! the rounds, the points of a curve taken in turn.
+//! the rounds, the catalog's of every fourth. The points of a curve are taken in turn; those over the size of
+//! the store are not, as it only grows. Paths of the large store are in its database alone.
 
 #[path = "../tests/rig/mod.rs"]
 mod rig;
 
+#[path = "figures/catalog.rs"]
+mod catalog;
 mod figures;
 #[path = "figures/load.rs"]
-#[expect(dead_code, reason = "what benches/compare.rs alone reads")]
+#[expect(dead_code, reason = "what benches/compare.rs alone uses")]
 mod load;
 
 use std::env;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::thread;
+use std::time::Duration;
 
 use figures::cpu::CpuGroup;
-use figures::{Figures, Unit};
-use load::{Load, add_small, small_name};
+use figures::{
+    BY_BUILDERS, BY_CLIENTS, BY_CLIENTS_P99, BY_PATHS, BY_ROUND_TRIP, Figures, Goal, Unit,
+};
+use load::{Load, add_entries, add_small, small_name};
 use rig::muster::narinfo_target;
 use rig::{Lab, Line, Machine, Muster, Nix, eventually};
 use serde_json::json;
@@ -35,7 +41,7 @@ fn scale() {
     let quick = text("MUSTER_SCALE_QUICK").is_some();
     let rounds = text("MUSTER_SCALE_ROUNDS").map_or(1, |n| n.parse().expect("a number"));
     let most: usize = text("MUSTER_SCALE_PATHS").map_or(1_000, |n| n.parse().expect("a number"));
-    let secs = if quick { 1 } else { 3 };
+    let secs = if quick { 1 } else { 2 };
 
     let mut figures = Figures::default();
     let lab = Lab::new();
@@ -55,64 +61,25 @@ fn scale() {
     for link in 0..30 {
         symlink(SOCKET, b.path(&format!("/run/builder-{link}"))).expect("make a link");
     }
-    let mut paths: Vec<String> = Vec::new();
-    let mut size = 1_000;
-    while size <= most {
-        add_small(&b, &mut paths, size, 0);
-        for _ in 0..rounds {
-            let muster = serve(&b, 1);
-            let cpu = CpuGroup::new("scale");
-            cpu.take(muster.pid());
-            let step = size / COLD_PATHS;
-            load::once(
-                &b,
-                5000,
-                (0..COLD_PATHS).map(|n| narinfo_target(&paths[n * step])),
-            );
-            let each = cpu.used().as_secs_f64() * 1e6 / COLD_PATHS as f64;
-            figures.add(BY_PATHS, "", &size.to_string(), Unit::Microseconds, each);
-        }
-        size *= 10;
-    }
+    let mut paths = Vec::new();
+    add_small(&b, &mut paths, 1_000, 0);
     for round in 0..rounds {
         eprintln!("-- builders and clients, {} of {rounds}", round + 1);
-        for builders in [1, 3, 10, 30] {
-            let muster = serve(&b, builders);
-            let seed = format!("{round} {builders}");
-            let miss = measure(&b, &muster, 300_000, 64, secs, |place| {
-                narinfo_target(&small_name(&seed, place, ""))
-            });
-            figures.add(
-                BY_BUILDERS,
-                "",
-                &builders.to_string(),
-                Unit::Microseconds,
-                miss.cpu_us,
-            );
+        by_builders(&b, round, secs, &mut figures);
+        by_clients(&b, &paths, secs, &mut figures);
+        by_road(&b, &paths, round, &mut figures);
+    }
+    figures.set_goal(BY_ROAD, "", IN_PLACE, Goal::Beside(THROUGH_DAEMON));
+    let sizes = (3..).map(|power| 10_usize.pow(power));
+    for size in sizes.take_while(|size| *size <= most) {
+        eprintln!("-- {size} paths");
+        add_entries(&b, &mut paths, size);
+        for _ in 0..rounds {
+            by_paths(&b, &paths, &mut figures);
         }
-        let muster = serve(&b, 1);
-        let hit = |connections| {
-            measure(&b, &muster, 1_000, connections, secs, |place| {
-                narinfo_target(&paths[place])
-            })
-        };
-        hit(64);
-        for clients in [1, 25, 256] {
-            let got = hit(clients);
-            figures.add(
-                BY_CLIENTS,
-                "",
-                &clients.to_string(),
-                Unit::Microseconds,
-                got.cpu_us,
-            );
-            figures.add(
-                BY_CLIENTS_P99,
-                "",
-                &clients.to_string(),
-                Unit::Microseconds,
-                got.load.p99_us,
-            );
+        // Memory and heartbeats are the same each time, and take seconds.
+        for _ in 0..rounds.div_ceil(4) {
+            catalog::measure(&b, size, &mut figures);
         }
     }
 
@@ -129,17 +96,87 @@ fn scale() {
         fs::write(file, format!("{text:#}\n")).expect("write the JSON file");
     }
     if let Some(file) = text("MUSTER_SCALE_SVG") {
-        let curves = [
-            (BY_BUILDERS, "builders"),
-            (BY_PATHS, "paths in the store"),
-            (BY_CLIENTS, "clients' connections"),
-            (BY_CLIENTS_P99, "clients' connections"),
-            (BY_ROUND_TRIP, "round trip, ms"),
-        ];
-        fs::write(file, figures.curves("How the cost grows", &about, &curves))
-            .expect("write the SVG file");
+        let picture = figures.curves("How the cost grows", &about, &figures::SCALE_CURVES);
+        fs::write(file, picture).expect("write the SVG file");
     }
     println!("\n{about}\n\n{}", figures.table());
+}
+
+/// What a path costs that none of so many builders has.
+fn by_builders(b: &Machine, round: usize, secs: u32, figures: &mut Figures) {
+    for builders in in_turn([1, 3, 10, 30], round) {
+        let muster = serve(b, builders);
+        let seed = format!("{round} {builders}");
+        let miss = measure(b, &muster, 300_000, 64, secs, |place| {
+            narinfo_target(&small_name(&seed, place, ""))
+        });
+        let via = builders.to_string();
+        figures.add(BY_BUILDERS, "", &via, Unit::Microseconds, miss.cpu_us);
+    }
+}
+
+/// What a narinfo costs that is known, with so many connections of clients.
+fn by_clients(b: &Machine, paths: &[String], secs: u32, figures: &mut Figures) {
+    let muster = serve(b, 1);
+    let hit = |connections| {
+        measure(b, &muster, 1_000, connections, secs, |place| {
+            narinfo_target(&paths[place])
+        })
+    };
+    hit(64);
+    for clients in [1, 25, 256] {
+        let got = hit(clients);
+        let via = clients.to_string();
+        figures.add(BY_CLIENTS, "", &via, Unit::Microseconds, got.cpu_us);
+        let p99_ms = got.load.p99_us / 1000.0;
+        figures.add(BY_CLIENTS_P99, "", &via, Unit::Milliseconds, p99_ms);
+    }
+}
+
+/// What a path costs that is found for the first time in a store of so many.
+fn by_paths(b: &Machine, paths: &[String], figures: &mut Figures) {
+    let muster = serve(b, 1);
+    let cpu = CpuGroup::new("scale");
+    cpu.take(muster.pid());
+    let step = paths.len() / COLD_PATHS;
+    let targets = (0..COLD_PATHS).map(|n| narinfo_target(&paths[n * step]));
+    load::once(b, 5000, targets);
+    let each = cpu.used().as_secs_f64() * 1e6 / COLD_PATHS as f64;
+    let via = paths.len().to_string();
+    figures.add(BY_PATHS, "", &via, Unit::Microseconds, each);
+}
+
+/// What a path of the own store costs Muster and the daemon together, read in place and not.
+fn by_road(b: &Machine, paths: &[String], round: usize, figures: &mut Figures) {
+    for road in in_turn([0, 1], round) {
+        let (name, how) = [(IN_PLACE, "auto"), (THROUGH_DAEMON, "daemon")][road];
+        let file = "/etc/muster/road.toml";
+        b.write(
+            file,
+            &format!("machines = false\nlocal-store = \"{how}\"\n"),
+        );
+        // The daemon's process for Muster is a child of one that is in the group.
+        let cpu = CpuGroup::new("scale");
+        for pid in b.processes("nix-daemon") {
+            cpu.take(pid);
+        }
+        let muster = Muster::serve(b, &format!("--config {file} --cache-size 0"));
+        cpu.take(muster.pid());
+        thread::sleep(Duration::from_secs(1));
+        let before = cpu.used();
+        let targets = paths[..COLD_PATHS].iter();
+        load::once(b, 5000, targets.map(|path| narinfo_target(path)));
+        let each = (cpu.used() - before).as_secs_f64() * 1e6 / COLD_PATHS as f64;
+        figures.add(BY_ROAD, "", name, Unit::Microseconds, each);
+    }
+}
+
+/// All of them, backwards in every second round; the table lists them as they come in the first.
+fn in_turn<const N: usize>(mut all: [usize; N], round: usize) -> [usize; N] {
+    if round % 2 == 1 {
+        all.reverse();
+    }
+    all
 }
 
 /// Muster over so many links to the one daemon, connected to all.
@@ -218,7 +255,7 @@ impl RoundTrips {
         let ask = "busybox wget -q -O - http://127.0.0.1:5000/healthz";
         let well = || self.m.run(ask).out.contains(r#""state":"well""#);
         assert!(eventually(20.0, well), "{}", muster.log());
-        thread::sleep(std::time::Duration::from_secs(2));
+        thread::sleep(Duration::from_secs(2));
         self.c.fresh_store();
         let got = self.c.run_for(
             120.0,
@@ -250,8 +287,6 @@ const SOCKET: &str = "/nix/var/nix/daemon-socket/socket";
 /// Paths that are looked up cold, spread over the whole store.
 const COLD_PATHS: usize = 1_000;
 
-const BY_BUILDERS: &str = "a path that nobody has, CPU of Muster a request";
-const BY_PATHS: &str = "a path that is found, CPU of Muster a request";
-const BY_CLIENTS: &str = "narinfo hit, CPU of Muster a request";
-const BY_CLIENTS_P99: &str = "narinfo hit, p99";
-const BY_ROUND_TRIP: &str = "closure of 201 paths, cold, real client";
+const BY_ROAD: &str = "own store, a path found for the first time, CPU of Muster and nix-daemon";
+const IN_PLACE: &str = "muster, read in place";
+const THROUGH_DAEMON: &str = "through its daemon";

@@ -213,6 +213,32 @@ fn thousands_of_questions_at_once_beside_a_silent_builder() {
     b2.thaw();
 }
 
+/// As newer clients ask: every narinfo of a level at once, over hundreds of connections.
+#[test]
+fn a_client_of_hundreds_of_connections_beside_a_silent_builder() {
+    let lab = Lab::new();
+    let (b1, b2) = (lab.builder("b1"), lab.builder("b2"));
+    let client = lab.client(&["b1", "b2"]);
+    let dag = b1.build_one("dag", "--arg n 200");
+    let muster = Muster::serve(&client, "");
+    connected(&muster, &[&b1, &b2]);
+    let many = "http-connections = 300\nmax-substitution-jobs = 300\nmax-jobs = 64";
+    client.configure(&format!("{}\n{many}", muster.lines().join("\n")));
+    b2.freeze();
+    let nobody = client.instantiate("dag", "--arg n 200 --argstr seed nobody");
+    let line = format!("nix-store --realise --dry-run {}", nobody.concat());
+    let missing = client.run_for(60.0, &line).ok();
+    assert!(missing.err.contains("will be built"), "{missing}");
+    // Silent for two seconds, it is not waited for any more; the rest is the client's own work.
+    assert!(missing.secs < 10.0, "{missing}\n{}", muster.log());
+    let got = client
+        .run_for(60.0, &format!("nix-store --realise {dag}"))
+        .ok();
+    assert_eq!((got.built(), got.copied()), (0, 201), "{got}");
+    assert!(got.secs < 20.0, "{got}\n{}", muster.log());
+    b2.thaw();
+}
+
 /// The target of a path that nobody has.
 fn absent(asker: usize, number: usize) -> String {
     let number = format!("{:08}", asker * 1000 + number);

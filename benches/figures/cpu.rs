@@ -24,9 +24,12 @@ impl CpuGroup {
         Self { dir }
     }
 
-    /// Takes a process in, with what it starts from now on.
+    /// Takes a process in, with what it starts from now on; one that has ended has no further costs.
     pub fn take(&self, pid: u32) {
-        fs::write(self.dir.join("cgroup.procs"), pid.to_string()).expect("move a process");
+        match fs::write(self.dir.join("cgroup.procs"), pid.to_string()) {
+            Err(error) if error.raw_os_error() == Some(ESRCH) => {}
+            moved => moved.expect("move a process"),
+        }
     }
 
     /// CPU time used by all of the group up to now.
@@ -56,3 +59,6 @@ impl Drop for CpuGroup {
         }
     }
 }
+
+/// No such process.
+const ESRCH: i32 = 3;

@@ -2,86 +2,201 @@
 
 use std::fmt::Write as _;
 
-use super::{Figures, median, quartiles};
+use super::style::{self, TOP, escape};
+use super::{Figures, Goal, Series, median, quartiles};
 
 impl Figures {
     /// Draws one panel for each of these figures, named with what its numbers count; SVG.
+    ///
+    /// The numbers stand side by side at equal distances; a bar shows where half of the rounds lie.
     pub fn curves(&self, title: &str, subtitle: &str, wanted: &[(&str, &str)]) -> String {
         let rows = wanted.len().div_ceil(2);
         let height = TOP + PANEL_HEIGHT * rows as f64;
-        let mut svg = format!(
-            r##"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" role="img" aria-label="{title}">
-<rect width="{WIDTH}" height="{height}" rx="8" fill="#ffffff"/>
-<g font-family="system-ui, DejaVu Sans, Helvetica, Arial, sans-serif" font-size="12" fill="#24292f">
-<text x="20" y="30" font-size="17" font-weight="bold">{title}</text>
-<text x="20" y="50" fill="#57606a">{subtitle}</text>
-"##
-        );
+        let mut svg = style::begin(title, subtitle, WIDTH, height);
         for (place, (what, axis)) in wanted.iter().enumerate() {
-            let x = 20.0 + PANEL_WIDTH * (place % 2) as f64;
-            let y = TOP + PANEL_HEIGHT * (place / 2) as f64;
-            self.panel(&mut svg, what, axis, x, y);
+            let left = 20.0 + PANEL_WIDTH * (place % 2) as f64;
+            let top = TOP + PANEL_HEIGHT * (place / 2) as f64;
+            self.panel(&mut svg, what, axis, left, top);
         }
-        svg.push_str("</g>\n</svg>\n");
+        svg.push_str("</svg>\n");
         svg
     }
 
     fn panel(&self, svg: &mut String, what: &str, axis: &str, left: f64, top: f64) {
-        let points: Vec<_> = self
+        let mut points: Vec<_> = self
             .series
             .iter()
             .filter(|series| series.what == what)
             .filter_map(|series| Some((series.via.parse::<f64>().ok()?, series)))
             .collect();
-        let Some(highest) = points
-            .iter()
-            .map(|(_, s)| quartiles(&s.samples).1)
-            .reduce(f64::max)
-        else {
+        points.sort_by(|(a, _), (b, _)| a.total_cmp(b));
+        let Some((_, first)) = points.first() else {
             return;
         };
-        let (bottom, width) = (top + PANEL_HEIGHT - 62.0, PANEL_WIDTH - 110.0);
-        let x_of = |place: usize| left + 50.0 + width * (place as f64 + 0.5) / points.len() as f64;
-        let y_of = |value: f64| bottom - (value / (highest * 1.15)) * (PANEL_HEIGHT - 110.0);
+        let highest = points.iter().map(|(_, s)| quartiles(&s.samples).1);
+        let goal = points.iter().find_map(|(_, series)| bound(series));
+        let highest = highest.fold(0.0, f64::max);
+        // A goal that is far above all would press the curve flat.
+        let goal = goal.filter(|goal| *goal < 4.0 * highest);
+        let panel = Panel {
+            left: left + 52.0,
+            right: left + PANEL_WIDTH - 24.0,
+            bottom: top + PANEL_HEIGHT - 58.0,
+            top: top + 40.0,
+            highest: round_up(highest.max(goal.unwrap_or(0.0)) * 1.12),
+        };
+        let unit = first.unit.name();
         _ = writeln!(
             svg,
-            r##"<text x="{left:.1}" y="{:.1}" font-weight="bold">{what}</text>
-<path d="M{:.1} {:.1} V{bottom:.1} H{:.1}" fill="none" stroke="#8c959f"/>
-<text x="{:.1}" y="{:.1}" text-anchor="middle" fill="#57606a">{axis}</text>"##,
+            r##"<text x="{left:.1}" y="{:.1}" class="strong">{}</text>
+<text x="{:.1}" y="{:.1}" text-anchor="end" class="faint small">{unit}</text>
+<text x="{:.1}" y="{:.1}" text-anchor="middle" class="faint">{}</text>"##,
             top + 14.0,
-            left + 50.0,
-            top + 26.0,
-            left + 50.0 + width,
-            left + 50.0 + width / 2.0,
-            bottom + 36.0,
+            escape(what),
+            panel.left - 8.0,
+            panel.top - 10.0,
+            f64::midpoint(panel.left, panel.right),
+            panel.bottom + 36.0,
+            escape(axis),
         );
-        let mut line = String::new();
-        for (place, (number, series)) in points.iter().enumerate() {
-            let value = median(&series.samples);
-            let (low, high) = quartiles(&series.samples);
-            let (x, y) = (x_of(place), y_of(value));
-            _ = write!(line, "{}{x:.1} {y:.1} ", if place == 0 { "M" } else { "L" });
+        panel.draw_scale(svg);
+        if let Some(goal) = goal {
+            panel.draw_goal(svg, goal);
+        }
+        let numbered = points.iter().enumerate();
+        let places: Vec<_> = numbered
+            .map(|(place, (number, series))| (panel.x_of(place, points.len()), *number, *series))
+            .collect();
+        let line: String = places
+            .iter()
+            .enumerate()
+            .map(|(place, (x, _, series))| {
+                let y = panel.y_of(median(&series.samples));
+                format!("{}{x:.1} {y:.1} ", if place == 0 { "M" } else { "L" })
+            })
+            .collect();
+        _ = writeln!(svg, r##"<path d="{}" class="curve"/>"##, line.trim_end());
+        for (x, number, series) in places {
+            panel.draw_point(svg, x, number, series);
+        }
+    }
+}
+
+/// The place of one panel's axes.
+struct Panel {
+    left: f64,
+    right: f64,
+    top: f64,
+    bottom: f64,
+    /// What stands at the top.
+    highest: f64,
+}
+
+impl Panel {
+    fn x_of(&self, place: usize, count: usize) -> f64 {
+        self.left + (self.right - self.left) * (place as f64 + 0.5) / count as f64
+    }
+
+    fn y_of(&self, value: f64) -> f64 {
+        self.bottom - value / self.highest * (self.bottom - self.top)
+    }
+
+    fn draw_scale(&self, svg: &mut String) {
+        for part in 0..=4 {
+            let value = self.highest * f64::from(part) / 4.0;
+            let (y, class) = (self.y_of(value), if part == 0 { "axis" } else { "grid" });
             _ = writeln!(
                 svg,
-                r##"<line x1="{x:.1}" y1="{:.1}" x2="{x:.1}" y2="{:.1}" stroke="#0969da" stroke-width="2" opacity="0.5"/>
-<circle cx="{x:.1}" cy="{y:.1}" r="4" fill="#0969da"/>
-<text x="{x:.1}" y="{:.1}" text-anchor="middle">{}</text>
-<text x="{x:.1}" y="{:.1}" text-anchor="middle" fill="#57606a">{number}</text>"##,
-                y_of(low),
-                y_of(high),
-                y - 10.0,
-                series.unit.show(value),
-                bottom + 18.0,
+                r##"<path d="M{:.1} {y:.1} H{:.1}" class="{class}"/>
+<text x="{:.1}" y="{:.1}" text-anchor="end" class="faint small">{}</text>"##,
+                self.left,
+                self.right,
+                self.left - 8.0,
+                y + 4.0,
+                short(value),
             );
         }
+    }
+
+    fn draw_goal(&self, svg: &mut String, goal: f64) {
+        let y = self.y_of(goal);
         _ = writeln!(
             svg,
-            r##"<path d="{line}" fill="none" stroke="#0969da" stroke-width="2"/>"##
+            r##"<path d="M{:.1} {y:.1} H{:.1}" class="goal"/>
+<text x="{:.1}" y="{:.1}" class="goaltext small">goal</text>"##,
+            self.left,
+            self.right,
+            self.left + 4.0,
+            y - 4.0,
+        );
+    }
+
+    fn draw_point(&self, svg: &mut String, x: f64, number: f64, series: &Series) {
+        let value = median(&series.samples);
+        let (low, high) = quartiles(&series.samples);
+        _ = writeln!(
+            svg,
+            r##"<path d="M{x:.1} {:.1} V{:.1}" class="spread"/>
+<circle cx="{x:.1}" cy="{:.1}" r="4" class="point"/>
+<text x="{x:.1}" y="{:.1}" text-anchor="middle">{}</text>
+<text x="{x:.1}" y="{:.1}" text-anchor="middle" class="faint">{}</text>"##,
+            self.y_of(low),
+            self.y_of(high),
+            self.y_of(value),
+            self.y_of(value.max(high)) - 9.0,
+            short(value),
+            self.bottom + 18.0,
+            grouped(number),
         );
     }
 }
 
+fn bound(series: &Series) -> Option<f64> {
+    series.goals.iter().find_map(|goal| match goal {
+        Goal::AtMost(bound) => Some(*bound),
+        Goal::Times(..) | Goal::Plus(..) | Goal::Beside(_) => None,
+    })
+}
+
+/// The next number that a quarter of is easy to read.
+fn round_up(value: f64) -> f64 {
+    if value <= 0.0 {
+        return 1.0;
+    }
+    let power = 10_f64.powf(value.log10().floor());
+    let steps = [1.0, 1.2, 1.6, 2.0, 2.4, 3.2, 4.0, 6.0, 8.0, 10.0];
+    let step = steps.into_iter().find(|step| step * power >= value);
+    step.unwrap_or(10.0) * power
+}
+
+/// Three digits.
+fn short(value: f64) -> String {
+    let text = match value.abs() {
+        0.0 => return "0".to_owned(),
+        99.95.. => format!("{value:.0}"),
+        9.995.. => format!("{value:.1}"),
+        _ => format!("{value:.2}"),
+    };
+    if text.contains('.') {
+        text.trim_end_matches('0').trim_end_matches('.').to_owned()
+    } else {
+        text
+    }
+}
+
+/// A whole number with commas.
+fn grouped(number: f64) -> String {
+    let digits = format!("{number:.0}");
+    let mut text = String::new();
+    for (place, digit) in digits.chars().enumerate() {
+        if place > 0 && (digits.len() - place) % 3 == 0 {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
 const WIDTH: f64 = 940.0;
 const PANEL_WIDTH: f64 = 455.0;
-const PANEL_HEIGHT: f64 = 260.0;
-const TOP: f64 = 76.0;
+const PANEL_HEIGHT: f64 = 264.0;

@@ -75,12 +75,38 @@ pub fn once(machine: &Machine, port: u16, targets: impl Iterator<Item = String>)
 /// few before it. Something must have made the store's folders before.
 pub fn add_small(machine: &Machine, paths: &mut Vec<String>, count: usize, references: usize) {
     let store = machine.path("nix/store");
+    let first = paths.len();
+    let register = entries(paths, count, references);
+    for (number, path) in paths.iter().enumerate().skip(first) {
+        let file = store.join(path.trim_start_matches("/nix/store/"));
+        fs::write(file, small_text(number)).expect("write a path");
+    }
+    machine
+        .run_with_input(
+            120.0,
+            "nix-store --register-validity --hash-given",
+            register.as_bytes(),
+        )
+        .ok();
+}
+
+/// Adds paths to a store's database alone: they can be looked up, and a million of them takes a minute.
+pub fn add_entries(machine: &Machine, paths: &mut Vec<String>, count: usize) {
+    while paths.len() < count {
+        let upto = count.min(paths.len() + ENTRIES_AT_ONCE);
+        let register = entries(paths, upto, 0);
+        machine
+            .run_with_input(120.0, "nix-store --load-db", register.as_bytes())
+            .ok();
+    }
+}
+
+/// Appends the paths up to a count and returns them as `nix-store --register-validity` reads them.
+fn entries(paths: &mut Vec<String>, count: usize, references: usize) -> String {
     let mut register = String::new();
     for number in paths.len()..count {
         let path = small_name("small", number, "-a-small-path-of-a-usual-name-1.0.3");
-        let text = format!("{number}\n");
-        fs::write(store.join(path.trim_start_matches("/nix/store/")), &text).expect("write a path");
-        let nar = nar_of(text.as_bytes());
+        let nar = nar_of(small_text(number).as_bytes());
         let hash = Sha256::digest(&nar)
             .iter()
             .fold(String::new(), |hex, byte| format!("{hex}{byte:02x}"));
@@ -92,13 +118,11 @@ pub fn add_small(machine: &Machine, paths: &mut Vec<String>, count: usize, refer
         }
         paths.push(path);
     }
-    machine
-        .run_with_input(
-            120.0,
-            "nix-store --register-validity --hash-given",
-            register.as_bytes(),
-        )
-        .ok();
+    register
+}
+
+fn small_text(number: usize) -> String {
+    format!("{number}\n")
 }
 
 /// The store path of a number, of a kind.
@@ -126,5 +150,8 @@ fn nar_of(contents: &[u8]) -> Vec<u8> {
     text(b")");
     nar
 }
+
+/// Nix reads all of them into memory before it writes the first.
+const ENTRIES_AT_ONCE: usize = 100_000;
 
 const REQUESTS: &str = include_str!("../requests.lua");

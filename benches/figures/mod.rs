@@ -8,9 +8,10 @@
 
 pub mod cpu;
 mod curves;
+mod markdown;
 mod plot;
-
-use serde_json::{Value, json};
+pub mod saved;
+mod style;
 
 /// All figures of one run, in the order in which they first came.
 #[derive(Default)]
@@ -26,7 +27,7 @@ pub struct Series {
     pub via: String,
     pub unit: Unit,
     samples: Vec<f64>,
-    goal: Option<Goal>,
+    goals: Vec<Goal>,
 }
 
 /// What a figure counts.
@@ -41,7 +42,7 @@ pub enum Unit {
 }
 
 /// What a figure is to reach.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 pub enum Goal {
     /// A median of so much at most.
     AtMost(f64),
@@ -63,7 +64,7 @@ impl Figures {
                 via: via.to_owned(),
                 unit,
                 samples: Vec::new(),
-                goal: None,
+                goals: Vec::new(),
             });
             self.series.len() - 1
         });
@@ -71,10 +72,13 @@ impl Figures {
         self.series[place].samples.push(sample);
     }
 
-    /// Says what a figure is to reach.
+    /// Says what a figure is to reach, beside what was said before.
     pub fn set_goal(&mut self, what: &str, client: &str, via: &str, goal: Goal) {
         if let Some(place) = self.place(what, client, via) {
-            self.series[place].goal = Some(goal);
+            let goals = &mut self.series[place].goals;
+            // A goal takes the place of a look at the same anchor.
+            goals.retain(|other| *other != goal && *other != Goal::Beside(goal.anchor()));
+            goals.push(goal);
         }
     }
 
@@ -87,9 +91,13 @@ impl Figures {
             let sorted = sorted(&series.samples);
             let show =
                 |sample: Option<&f64>| sample.map_or_else(String::new, |s| series.unit.show(*s));
-            let (against, goal, verdict) = self.judge(series);
+            let judged: Vec<_> = self.judge(series).collect();
+            let column = |one: fn(&Judged) -> &str| {
+                let all: Vec<_> = judged.iter().map(one).filter(|t| !t.is_empty()).collect();
+                all.join("; ")
+            };
             text.push_str(&format!(
-                "| {} | {} | {} | **{}** | {} | {} | {} | {against} | {goal} | {verdict} |\n",
+                "| {} | {} | {} | **{}** | {} | {} | {} | {} | {} | {} |\n",
                 series.what,
                 series.client,
                 series.via,
@@ -97,61 +105,59 @@ impl Figures {
                 show(sorted.first()),
                 show(sorted.last()),
                 sorted.len(),
+                column(|j| &j.against),
+                column(|j| &j.goal),
+                column(|j| j.verdict()),
             ));
         }
         text
     }
 
-    /// Every sample, for other programs.
-    pub fn json(&self) -> Value {
-        let series = self.series.iter().map(|series| {
-            let (against, goal, verdict) = self.judge(series);
-            json!({
-                "what": series.what,
-                "client": series.client,
-                "via": series.via,
-                "unit": series.unit.name(),
-                "median": median(&series.samples),
-                "samples": series.samples,
-                "against": against,
-                "goal": goal,
-                "verdict": verdict,
-            })
-        });
-        series.collect()
+    /// How a figure stands to each of its goals.
+    fn judge(&self, series: &Series) -> impl Iterator<Item = Judged> {
+        series.goals.iter().map(|goal| self.judge_by(series, *goal))
     }
 
-    /// How a figure stands to its anchor, what it is to reach, and whether it does.
-    fn judge(&self, series: &Series) -> (String, String, &'static str) {
-        let verdict = |reached: bool| if reached { "reached" } else { "missed" };
-        match series.goal {
-            None => (String::new(), String::new(), ""),
-            Some(Goal::AtMost(bound)) => {
-                let reached = median(&series.samples) <= bound;
-                (
-                    String::new(),
-                    format!("≤ {}", series.unit.show(bound)),
-                    verdict(reached),
-                )
+    fn judge_by(&self, series: &Series, goal: Goal) -> Judged {
+        let anchor = goal.anchor();
+        let pairs = |make: fn(f64, f64) -> f64| {
+            let all = self.pairs(series, anchor, make);
+            (median(&all), quartiles(&all))
+        };
+        let times = || {
+            let (ratio, (low, high)) = pairs(|a, b| a / b);
+            let against = format!("{ratio:.2} × {anchor} ({low:.2} to {high:.2})");
+            (ratio, against)
+        };
+        match goal {
+            Goal::AtMost(bound) => Judged {
+                against: String::new(),
+                goal: format!("≤ {}", series.unit.show(bound)),
+                reached: Some(median(&series.samples) <= bound),
+            },
+            Goal::Times(bound, _) => {
+                let (ratio, against) = times();
+                let bound_text = format!("{bound:.2}");
+                let bound_text = bound_text.strip_suffix('0').unwrap_or(&bound_text);
+                Judged {
+                    against,
+                    goal: format!("≤ {bound_text} × {anchor}"),
+                    reached: Some(ratio <= bound),
+                }
             }
-            Some(Goal::Times(bound, anchor)) => {
-                let ratios = self.pairs(series, anchor, |a, b| a / b);
-                let ratio = median(&ratios);
-                let (low, high) = quartiles(&ratios);
-                let against = format!("{ratio:.2} × {anchor} ({low:.2} to {high:.2})");
-                (against, format!("≤ {bound} ×"), verdict(ratio <= bound))
+            Goal::Plus(bound, _) => {
+                let (more, (low, high)) = pairs(|a, b| a - b);
+                Judged {
+                    against: format!("{more:+.3} s to {anchor} ({low:+.3} to {high:+.3})"),
+                    goal: format!("≤ +{bound} s"),
+                    reached: Some(more <= bound),
+                }
             }
-            Some(Goal::Plus(bound, anchor)) => {
-                let differences = self.pairs(series, anchor, |a, b| a - b);
-                let more = median(&differences);
-                let (low, high) = quartiles(&differences);
-                let against = format!("{more:+.3} s to {anchor} ({low:+.3} to {high:+.3})");
-                (against, format!("≤ +{bound} s"), verdict(more <= bound))
-            }
-            Some(Goal::Beside(anchor)) => {
-                let ratio = median(&self.pairs(series, anchor, |a, b| a / b));
-                (format!("{ratio:.2} × {anchor}"), String::new(), "")
-            }
+            Goal::Beside(_) => Judged {
+                against: times().1,
+                goal: String::new(),
+                reached: None,
+            },
         }
     }
 
@@ -173,6 +179,34 @@ impl Figures {
         self.series.iter().position(|s| {
             (s.what.as_str(), s.client.as_str(), s.via.as_str()) == (what, client, via)
         })
+    }
+}
+
+/// How a figure stands to one goal.
+struct Judged {
+    against: String,
+    goal: String,
+    /// `None`: there is nothing to reach.
+    reached: Option<bool>,
+}
+
+impl Judged {
+    fn verdict(&self) -> &'static str {
+        match self.reached {
+            None => "",
+            Some(true) => "reached",
+            Some(false) => "missed",
+        }
+    }
+}
+
+impl Goal {
+    /// What it is measured by; nothing, where it is a number.
+    fn anchor(self) -> &'static str {
+        match self {
+            Self::AtMost(_) => "",
+            Self::Times(_, anchor) | Self::Plus(_, anchor) | Self::Beside(anchor) => anchor,
+        }
     }
 }
 
@@ -224,3 +258,22 @@ fn sorted(samples: &[f64]) -> Vec<f64> {
     sorted.sort_by(f64::total_cmp);
     sorted
 }
+
+/// The panels of what benches/scale.rs measures, and what their numbers count.
+pub const SCALE_CURVES: [(&str, &str); 7] = [
+    (BY_BUILDERS, "builders"),
+    (BY_PATHS, "paths in the store"),
+    (BY_CLIENTS, "connections"),
+    (BY_CLIENTS_P99, "connections"),
+    (BY_ROUND_TRIP, "round trip to the builder, ms"),
+    (CATALOG_MEMORY, "paths in the store"),
+    (CATALOG_ADDED, "paths in the store"),
+];
+
+pub const BY_BUILDERS: &str = "a path that nobody has, CPU a request";
+pub const BY_PATHS: &str = "a path found for the first time, CPU a request";
+pub const BY_CLIENTS: &str = "narinfo hit, CPU a request";
+pub const BY_CLIENTS_P99: &str = "narinfo hit, p99";
+pub const BY_ROUND_TRIP: &str = "closure of 201 paths, cold, real client";
+pub const CATALOG_MEMORY: &str = "catalog of a builder, memory at whom it feeds";
+pub const CATALOG_ADDED: &str = "catalog: an added path is known elsewhere after";

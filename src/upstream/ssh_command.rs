@@ -148,7 +148,8 @@ impl Login<'_> {
 /// How soon silence ends a connection. ssh gives up after `interval * (count + 1)` seconds.
 fn keep_alive(purpose: Purpose) -> [&'static str; 2] {
     match purpose {
-        Purpose::Lookup => ["-oServerAliveInterval=1", "-oServerAliveCountMax=2"],
+        // A client waits for look-ups, so two seconds: no less can be said to ssh.
+        Purpose::Lookup => ["-oServerAliveInterval=1", "-oServerAliveCountMax=1"],
         Purpose::Nar | Purpose::Roots | Purpose::Closures => {
             ["-oServerAliveInterval=5", "-oServerAliveCountMax=3"]
         }
@@ -263,6 +264,7 @@ mod tests {
         let words = arguments(&target(), None);
         assert_eq!(words[0], "builder");
         assert!(words.contains(&"-oServerAliveInterval=1".into()));
+        assert!(words.contains(&"-oServerAliveCountMax=1".into()));
         assert!(words.contains(&"-oConnectTimeout=1".into()));
         assert_eq!(words[words.len() - 3..], ["--", "nix-daemon", "--stdio"]);
         assert!(!words.iter().any(|w| w.contains("KnownHosts")));

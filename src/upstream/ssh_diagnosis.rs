@@ -62,7 +62,7 @@ pub fn remedy(evidence: &Evidence) -> Option<String> {
         format!("no sshd listens there; is {host} up, and the port right?")
     } else if said("Connection timed out") || said("Operation timed out") {
         format!("{host} is down, or a firewall drops the packets")
-    } else if said("not responding") {
+    } else if said(SILENT) {
         format!("{host} stopped answering")
     } else if said("Bad configuration option") || said("unknown option") {
         "check NIX_SSHOPTS and ssh_config".to_owned()
@@ -77,6 +77,11 @@ pub fn remedy(evidence: &Evidence) -> Option<String> {
     } else {
         return None;
     })
+}
+
+/// Tells whether ssh ended because the host gave no sign of life any more.
+pub fn fell_silent(stderr: &str) -> bool {
+    stderr.contains(SILENT)
 }
 
 /// Joins the last lines that say something.
@@ -116,6 +121,9 @@ fn is_noise(line: &str) -> bool {
         || line.starts_with("remove with:")
         || line == "Permission denied, please try again."
 }
+
+/// Of `Timeout, server b1 not responding.`
+const SILENT: &str = "not responding";
 
 /// Exit codes of POSIX shells.
 const NOT_FOUND: i32 = 127;

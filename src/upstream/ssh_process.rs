@@ -19,7 +19,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
 use super::Error;
-use super::ssh_diagnosis::{Evidence, diagnose, meaningful, remedy};
+use super::ssh_diagnosis::{Evidence, diagnose, fell_silent, meaningful, remedy};
 use super::wire::{Bounds, Output};
 
 /// How long a lost ssh may take to say why.
@@ -95,7 +95,8 @@ impl Process {
 
     /// Puts ssh's own words and the remedy in place of a bare "connection lost".
     ///
-    /// Waits for ssh to end, at most [`EXPLAIN_WITHIN`].
+    /// A host that fell silent is [`Error::Down`]: nobody is to wait until it is connected to anew. Waits for
+    /// ssh to end, at most [`EXPLAIN_WITHIN`].
     pub async fn explain(&self, error: Error) -> Error {
         let status = timeout(EXPLAIN_WITHIN, self.exited()).await.ok().flatten();
         match (error, self.diagnosis(status)) {
@@ -104,6 +105,7 @@ impl Process {
                 Error::Protocol(format!("{text}; {said}").into())
             }
             (Error::Down(_), Some(said)) => Error::Down(said.into()),
+            (_, Some(said)) if fell_silent(&self.tail.text()) => Error::Down(said.into()),
             (_, Some(said)) => Error::Lost(said.into()),
         }
     }
@@ -374,5 +376,13 @@ mod tests {
             shell("echo 'ssh: connect to host b port 22: Connection refused' >&2; exit 255");
         let error = started.process.explain(Error::Lost("eof".into())).await;
         assert!(error.to_string().contains("Connection refused"), "{error}");
+        assert!(matches!(error, Error::Lost(_)), "{error:?}");
+    }
+
+    #[tokio::test]
+    async fn a_host_that_fell_silent_is_down() {
+        let started = shell("echo 'Timeout, server b not responding.' >&2; exit 255");
+        let error = started.process.explain(Error::Lost("eof".into())).await;
+        assert!(matches!(error, Error::Down(_)), "{error:?}");
     }
 }

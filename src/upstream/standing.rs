@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! Connecting --opened--> Up --lost--> Connecting      at once, unless it is lost again and again
-//!      \--failed--> Down --pause, attempt--> Up
+//!      \                   \--fell silent--v
+//!       \--failed-----------------------> Down --pause, attempt--> Up
 //!                    \--reconnect()--> Connecting
 //! ```
 //!
@@ -345,11 +346,13 @@ impl Shared {
             true => session.explain(cause).await,
             false => cause,
         };
-        match next {
-            Next::AtOnce => {
+        match (next, &error) {
+            // Silent, so it will hardly answer a moment later: the attempt is made, and nobody waits for it.
+            (Next::AtOnce, Error::Down(_)) => self.failed(error, Duration::ZERO, told),
+            (Next::AtOnce, _) => {
                 warn!(upstream = %self.name, %error, "connection lost, connecting anew");
             }
-            Next::After(pause) => self.failed(error, pause, told),
+            (Next::After(pause), _) => self.failed(error, pause, told),
         }
     }
 
