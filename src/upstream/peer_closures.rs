@@ -42,9 +42,6 @@ pub(super) struct PeerClosures {
     told: Mutex<HashMap<StorePathHash, PathInfo>>,
 }
 
-/// What is done with each narinfo; an error is a fault of the whole answer.
-type Found = dyn Fn(&NarInfo) -> Result<(), Error> + Send + Sync;
-
 impl PeerClosures {
     /// Prepares to ask; `found` is shown each narinfo of a closure that has no fault, and may find one.
     pub(super) fn new(
