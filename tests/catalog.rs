@@ -269,8 +269,11 @@ async fn known_without_a_question(stores: u16) {
     for upstream in [&with, &without] {
         assert!(upstream.path_info(path.hash()).await.unwrap().is_some());
     }
+    let known = with.paths_known().unwrap();
+    assert_eq!(without.paths_known(), None);
     let added = builder.add("added", b"added");
     tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(with.paths_known(), Some(known + 1));
     assert!(with.path_info(added.hash()).await.unwrap().is_some());
 
     // A feed does not hold a stop up.
@@ -285,6 +288,7 @@ async fn known_without_a_question(stores: u16) {
     // And what is gone says nothing.
     tokio::time::sleep(Duration::from_millis(1100)).await;
     assert!(with.path_info(absent()).await.is_err());
+    assert_eq!(with.paths_known(), None);
 }
 
 #[tokio::test]

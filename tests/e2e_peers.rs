@@ -263,6 +263,10 @@ fn a_far_builder_that_runs_muster_is_asked_for_a_closure_once() {
     let ahead = std::env::var("MUSTER_TEST_AHEAD").is_err();
     if ahead {
         ours.await_log(10.0, "its catalog is here");
+        let report = ours.get("/healthz").text();
+        let report: Value = serde_json::from_str(&report).expect("JSON");
+        let paths = &report["upstreams"][0]["paths"];
+        assert!(paths.as_u64() >= Some(61), "{paths} paths known there");
     }
     let before = figure(&mut theirs, "narinfo", "requests");
     client.substitutes_from(&ours);

@@ -170,6 +170,7 @@ fn what_each_upstream_gave_and_what_went_wrong() {
     assert!(well["peer"].as_str().unwrap().contains("protocol 1."));
     assert_eq!((number(&well["asked"]), number(&well["hits"])), (2, 1));
     assert_eq!((number(&well["found"]), number(&well["refused"])), (1, 0));
+    assert!(well["paths"].is_null(), "no daemon tells all of its paths");
     assert_eq!(
         (number(&well["nars"]), number(&well["nar-bytes"])),
         (1, nar.len() as u64)
@@ -209,6 +210,7 @@ fn what_each_upstream_gave_and_what_went_wrong() {
     for words in [
         ": degraded, up ",
         "UPSTREAM",
+        "  KNOWN",
         "  well ",
         "  sick ",
         "5.0 KiB",

@@ -144,7 +144,7 @@ fn upstreams(report: &Value) -> Table {
         ("UPSTREAM", Alignment::Left),
         ("STATE", Alignment::Left),
         ("LATENCY", Alignment::Right),
-        ("FOUND", Alignment::Right),
+        ("KNOWN", Alignment::Right),
         ("HITS", Alignment::Right),
         ("GIVEN", Alignment::Right),
         ("PEER", Alignment::Left),
@@ -156,6 +156,9 @@ fn upstreams(report: &Value) -> Table {
             "sick" => Tone::Bad,
             _ => Tone::Doubtful,
         };
+        // Nobody but a muster tells of paths that it was not asked for.
+        let known = upstream["paths"].as_u64();
+        let known = known.unwrap_or_else(|| number(&upstream["found"]));
         let latency = upstream["latency-ms"].as_f64().map(units::latency);
         let peer = text(&upstream["peer"]);
         let (nix, _) = peer.split_once(',').unwrap_or((peer, ""));
@@ -163,7 +166,7 @@ fn upstreams(report: &Value) -> Table {
             Cell::plain(text(&upstream["uri"])),
             Cell::new(state, tone),
             Cell::plain(latency.unwrap_or_else(|| "-".to_owned())),
-            Cell::plain(number(&upstream["found"]).to_string()),
+            Cell::plain(known.to_string()),
             Cell::plain(number(&upstream["hits"]).to_string()),
             Cell::plain(units::size(number(&upstream["nar-bytes"]))),
             Cell::plain(if nix.is_empty() { "-" } else { nix }),
@@ -312,8 +315,10 @@ const DEGRADED: u8 = 3;
 
 const AFTER_LONG_HELP: &str = "\
 Columns:
-  LATENCY  median of the latest 64 look-ups     FOUND  path infos found there, fetched ahead too
-  HITS     look-ups of clients it had a path for  GIVEN  bytes of NARs read there
+  LATENCY  median of the latest 64 look-ups
+  KNOWN    paths known to be there: all, where a muster feeds its catalog, else what was found
+  HITS     look-ups of clients it had a path for
+  GIVEN    bytes of NARs read there
 
 JSON:
   --json prints what /healthz answers. The form is stable: keys are added, never changed.
@@ -321,7 +326,8 @@ JSON:
                   muster answers; error)
     version, uptime-ms
     upstreams[]   uri, state (connecting, well, sick), trusted, peer, error, retry-in-ms,
-                  last-error {error, age-ms}, latency-ms, asked, hits, found, refused, nars, nar-bytes
+                  last-error {error, age-ms}, latency-ms, asked, hits, found, paths (all that it
+                  has, where it tells), refused, nars, nar-bytes
     narinfo       requests, memory-hits, found, prefetched, absent,
                   absent-without-full-knowledge, divergent, in-memory
     nar           requests, bytes, ahead, ahead-claimed, ahead-dropped, absent, resumed, cut, corrupt

@@ -18,6 +18,7 @@
 //!   latency-ms      median of its latest 64 look-ups
 //!   asked  hits     look-ups by clients that it was asked, and those it had the path of
 //!   found           path infos found there, fetched ahead among them
+//!   paths           all that it has, where it says so by itself (a muster on a builder)
 //!   refused         answers that were not believed
 //!   nars  nar-bytes NARs begun there, and their bytes that were read
 //! narinfo     requests, memory-hits, found, prefetched, absent, absent-without-full-knowledge (404s
@@ -159,6 +160,7 @@ fn member(member: &Member, now: Instant) -> Value {
         "asked": figures.asked.load(Ordering::Relaxed),
         "hits": figures.hits.load(Ordering::Relaxed),
         "found": member.found.load(Ordering::Relaxed),
+        "paths": member.upstream.paths_known(),
         "refused": member.refused.load(Ordering::Relaxed),
         "nars": figures.nars.load(Ordering::Relaxed),
         "nar-bytes": figures.bytes(),

@@ -241,6 +241,11 @@ impl Upstream for BinaryCache {
         Ok(self.narinfo(hash).await?.map(|narinfo| narinfo.info))
     }
 
+    fn paths_known(&self) -> Option<usize> {
+        let (paths, is_fresh) = self.catalog.as_ref()?.state();
+        is_fresh.then_some(paths)
+    }
+
     async fn path_infos(&self, paths: &[StorePath]) -> Vec<Result<Option<PathInfo>, Error>> {
         let one = |path: StorePath| async move {
             let info = self.path_info(path.hash()).await?;

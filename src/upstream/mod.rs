@@ -168,6 +168,11 @@ pub trait Upstream: Send + Sync + 'static {
         None
     }
 
+    /// Returns how many paths the store has, where it tells of all of them and did so a moment ago.
+    fn paths_known(&self) -> Option<usize> {
+        None
+    }
+
     /// Keeps a path from that store's garbage collection for a while; `false`: it is gone.
     async fn keep(&self, path: &StorePath) -> Result<bool, Error>;
 
