@@ -192,6 +192,8 @@ impl Scene {
         let builder = |name| {
             let builder = lab.machine(name, Nix::Debian12);
             builder.daemon();
+            // A store without any path is not read in place.
+            builder.build_one("tiny", "");
             builder
         };
         let builders: Vec<_> = ["b1", "b2", "b3"].map(builder).into();

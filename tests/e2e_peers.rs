@@ -291,6 +291,39 @@ fn a_far_builder_that_runs_muster_is_asked_for_a_closure_once() {
 }
 
 #[test]
+fn what_no_far_builder_has_is_known_without_a_question() {
+    let lab = Lab::new();
+    let builders = ["b1", "b2", "b3"].map(|name| lab.builder(name));
+    let client = lab.client(&[]);
+    for builder in &builders {
+        // A store without a path is asked through its daemon.
+        builder.build_one("tiny", "");
+    }
+    let mut theirs: Vec<_> = builders
+        .iter()
+        .map(|builder| {
+            builder.reach_over(5000, 5001, FAR);
+            naming(builder, 5001, &[])
+        })
+        .collect();
+    theirs.iter_mut().for_each(|muster| await_well(muster, 1));
+    let mut ours = naming(&client, 5000, &["b1", "b2", "b3"]);
+    await_well(&mut ours, 3);
+    let fed = |ours: &Muster<'_>| ours.log().matches("its catalog is here").count();
+    assert!(eventually(10.0, || fed(&ours) == 3), "{}", ours.log());
+    let questions = |theirs: &mut Vec<Muster<'_>>| -> u64 {
+        let asked = |muster| figure(muster, "narinfo", "requests");
+        theirs.iter_mut().map(asked).sum()
+    };
+    let before = questions(&mut theirs);
+    for number in 0..20 {
+        let nobody = format!("/nix/store/{number:032}-nobody");
+        assert_eq!(ours.narinfo(&nobody).status, 404);
+    }
+    assert_eq!(questions(&mut theirs), before, "{}", ours.log());
+}
+
+#[test]
 fn two_that_name_each_other_serve_and_one_may_be_killed() {
     let lab = Lab::new();
     let (b1, b2) = (lab.builder("b1"), lab.builder("b2"));
