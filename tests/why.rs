@@ -382,7 +382,14 @@ fn derivations_are_read_from_upstreams_too() {
     // The daemon sees its files; we see an empty folder in their place, as on another machine.
     let script = "mount -t tmpfs none \"$0\" && exec \"$@\"";
     let said = Command::new("unshare")
-        .args(["--mount", "sh", "-c", script, builder.store_dir.as_str()])
+        .args([
+            "--map-root-user",
+            "--mount",
+            "sh",
+            "-c",
+            script,
+            builder.store_dir.as_str(),
+        ])
         .args([
             env!("CARGO_BIN_EXE_muster"),
             "why",
