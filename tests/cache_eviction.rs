@@ -34,12 +34,16 @@ fn ask(cache: &DiskCache, stop: &AtomicBool) -> Vec<Duration> {
     let paths: Vec<_> = (0..ENTRIES).map(|number| path(number, 2000).0).collect();
     let mut took = Vec::new();
     while !stop.load(Ordering::Relaxed) {
-        let info = &paths[fastrand::usize(..paths.len())];
+        let place = fastrand::usize(..paths.len());
+        let info = &paths[place];
         let begun = Instant::now();
         if let Some(name) = cache.look_up(info.path.hash()).and_then(|r| r.name()) {
             // It may go between the two.
             cache.open(&name).unwrap();
-            cache.touch(info.path.hash());
+            // The others stay the least recently used, so that it is they that go.
+            if place < paths.len() / 2 {
+                cache.touch(info.path.hash());
+            }
         }
         drop(cache.begin(1000));
         took.push(begun.elapsed());
@@ -65,8 +69,7 @@ async fn requests_do_not_wait_for_evictions() {
     stop.store(true, Ordering::Relaxed);
     let mut took = asking.join().unwrap();
     let evictions = cache.stats().evictions;
-    // What is asked for meanwhile may make it fewer.
-    assert!(evictions > 100, "{evictions} evictions");
+    assert!(evictions > ENTRIES / 4, "{evictions} evictions");
     took.sort_unstable();
     let all = took.len();
     let (median, late) = (took[all / 2], took[all * 99 / 100]);
