@@ -92,8 +92,7 @@ impl Telling {
 
     /// Checks and signs what the store says, as for any narinfo.
     fn publish(&self, claim: PathInfo) -> Result<Arc<Entry>, Error> {
-        let refused = || Error::Unsupported(format!("{} is not vouched for", claim.path).into());
-        let refused = refused();
+        let refused = Error::Unsupported(format!("{} is not vouched for", claim.path).into());
         let Answer::Found(verified) = self.member.verify(claim, self.setup.store_dir()) else {
             return Err(refused);
         };
