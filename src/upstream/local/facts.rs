@@ -2,8 +2,9 @@
 //!
 //! No file can be written to, renamed or linked without another time of change, nor be replaced without another
 //! inode; nobody but the kernel sets either. So a file of which inode, size, mode and times are those under which
-//! its bytes were found right has these bytes still. A link to it from elsewhere is a change, too: then it is
-//! hashed once more.
+//! its bytes were found right has these bytes still. The one gap is a write within the same tick of the file
+//! system's clock, some milliseconds, as the change that was noted. A link to it from elsewhere is a change, too:
+//! then it is hashed once more.
 
 use std::sync::Arc;
 
