@@ -309,8 +309,11 @@ fn what_no_far_builder_has_is_known_without_a_question() {
     theirs.iter_mut().for_each(|muster| await_well(muster, 1));
     let mut ours = naming(&client, 5000, &["b1", "b2", "b3"]);
     await_well(&mut ours, 3);
-    let fed = |ours: &Muster<'_>| ours.log().matches("its catalog is here").count();
-    assert!(eventually(10.0, || fed(&ours) == 3), "{}", ours.log());
+    let ahead = std::env::var("MUSTER_TEST_AHEAD").is_err();
+    if ahead {
+        let fed = |ours: &Muster<'_>| ours.log().matches("its catalog is here").count();
+        assert!(eventually(10.0, || fed(&ours) == 3), "{}", ours.log());
+    }
     let questions = |theirs: &mut Vec<Muster<'_>>| -> u64 {
         let asked = |muster| figure(muster, "narinfo", "requests");
         theirs.iter_mut().map(asked).sum()
@@ -320,7 +323,13 @@ fn what_no_far_builder_has_is_known_without_a_question() {
         let nobody = format!("/nix/store/{number:032}-nobody");
         assert_eq!(ours.narinfo(&nobody).status, 404);
     }
-    assert_eq!(questions(&mut theirs), before, "{}", ours.log());
+    let asked = questions(&mut theirs) - before;
+    if ahead {
+        assert_eq!(asked, 0, "{}", ours.log());
+    } else {
+        // Each of them each time, and once to see whether the question comes back.
+        assert!((60..=63).contains(&asked), "{asked}: {}", ours.log());
+    }
 }
 
 #[test]
