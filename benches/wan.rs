@@ -118,10 +118,11 @@ enum Via {
 }
 
 impl Via {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 7] = [
         Self::Nginx,
         Self::Muster,
         Self::Peers,
+        Self::PeersNear,
         Self::NoNars,
         Self::Levels,
         Self::Nothing,
