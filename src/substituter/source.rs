@@ -90,6 +90,12 @@ impl Source {
         first.is_some_and(|member| member.id == KEPT || member.is_own_store())
     }
 
+    /// Tells whether the first to be tried sends many small NARs over one connection.
+    pub(super) fn shares_connections(&self) -> bool {
+        let first = self.waiting.front();
+        first.is_some_and(|member| member.upstream.shares_connections())
+    }
+
     /// Tells whether the NAR comes out of the cache.
     pub(super) fn is_kept(&self) -> bool {
         self.waiting.front().is_some_and(|member| member.id == KEPT)
