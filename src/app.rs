@@ -242,6 +242,7 @@ fn substituter_options(config: &Config) -> substituter::Options {
             whole_kib_max: 256 << 10,
             stall: Duration::from_secs(5),
             stall_last: Duration::from_secs(30),
+            refusal: Duration::from_secs(6),
             encoder: EncoderOptions {
                 concurrent: config.max_encoders,
                 zstd_level: config
