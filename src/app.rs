@@ -224,6 +224,7 @@ fn server_options(config: &Config, files_max: usize) -> server::Options {
     server::Options {
         connections_max: config.max_connections.min(room),
         idle: Duration::from_secs(90),
+        shared_idle: Duration::from_secs(3600),
         write_stall: Duration::from_secs(300),
         stop: config.stop_timeout,
     }

@@ -160,7 +160,7 @@ async fn questions_share_one_connection_and_small_nars_another() {
     let (substituter, said) = over(line.address, options()).await;
     assert!(said.ends_with("HTTP/2"), "{said}");
     // One over HTTP/1.1 learned of the offer.
-    assert_eq!(line.connections(), 2);
+    assert_eq!(line.connections(), 3);
     let clients = serve(substituter).await;
     let asked = (0..300).map(|number| async move {
         let target = narinfo(&path(number, 3000, &[]).0);
@@ -168,7 +168,7 @@ async fn questions_share_one_connection_and_small_nars_another() {
     });
     let found = join_all(asked).await;
     let found = found.into_iter().filter(|status| *status == 200).count();
-    assert_eq!((found, line.connections()), (103, 2));
+    assert_eq!((found, line.connections()), (103, 3));
     let fetched = paths.iter().map(|(info, nar)| async move {
         let found = get(clients.address, &narinfo(info)).await;
         get(clients.address, &nar_target(&found)).await.body == *nar
@@ -304,7 +304,7 @@ async fn whoever_stops_or_is_idle_is_let_go() {
     let (info, nar) = path(1, 64 << 20, &[]);
     store.add(&info, &nar);
     let mut limits = server_options();
-    limits.idle = Duration::from_millis(400);
+    limits.shared_idle = Duration::from_millis(400);
     limits.write_stall = Duration::from_millis(400);
     let (served, _) = serve_with(substituter(std::slice::from_ref(&store)), limits).await;
     let target = nar_target(&get(served.address, &narinfo(&info)).await);

@@ -210,8 +210,8 @@ async fn a_closure_of_200_takes_one_question_over_one_connection() {
     assert_eq!(theirs.counters().narinfo_requests.value(), 1);
     // Once for the narinfo, and then level by level for one closure.
     assert_eq!(store.questions.load(Ordering::Relaxed), 1);
-    // The first learned of the offer, all else went over the second.
-    assert_eq!(line.connections.load(Ordering::Relaxed), 2);
+    // The first learned of the offer, all else went over the second, and the third waits for NARs.
+    assert_eq!(line.connections.load(Ordering::Relaxed), 3);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -57,6 +57,8 @@ pub struct Options {
     pub connections_max: usize,
     /// Time for a request's head, and for which an idle connection is kept.
     pub idle: Duration,
+    /// For which an idle connection of HTTP/2 is kept: a muster has few and asks again any time.
+    pub shared_idle: Duration,
     /// Time for which a client may take no byte of a response.
     pub write_stall: Duration,
     /// Time that running transfers get when the server is told to stop.

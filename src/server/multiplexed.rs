@@ -65,7 +65,7 @@ pub(super) async fn serve(
     let mut last = pin!(async {
         tokio::select! {
             () = wanted => {}
-            () = turns.idle(options.idle) => {}
+            () = turns.idle(options.idle, options.shared_idle) => {}
             _ = stop.wait_for(|stop| *stop) => {}
         }
     });
@@ -141,11 +141,12 @@ impl Turns {
         }
     }
 
-    /// Returns when no stream has been open for so long.
-    async fn idle(&self, limit: Duration) {
+    /// Returns when no stream has been open for so long; the first one has less time.
+    async fn idle(&self, first: Duration, later: Duration) {
         loop {
             let left = {
                 let state = self.lock();
+                let limit = if state.next == 0 { first } else { later };
                 let quiet = state.open.is_empty().then(|| state.quiet_since.elapsed());
                 quiet.map_or(limit, |quiet| limit.saturating_sub(quiet))
             };
@@ -236,7 +237,10 @@ mod tests {
             sleep(Duration::from_secs(100)).await;
             drop(turn);
         };
-        tokio::join!(ends, turns.idle(Duration::from_secs(30)));
+        tokio::join!(
+            ends,
+            turns.idle(Duration::from_secs(5), Duration::from_secs(30))
+        );
         assert_eq!(begun.elapsed().as_secs(), 130);
     }
 

@@ -173,7 +173,11 @@ impl CacheFiles for CacheHttp {
         if peer.offers.h2c && !peer.multiplexed {
             // A proxy may have passed the offer on, and know nothing of it.
             self.client.share_connections(true);
-            match self.fetch(INFO, INFO_BYTES_MAX).await {
+            // The first small NAR finds its connection open.
+            let nars = self.client.cache().file(INFO).ok();
+            let nars = async { Some(self.client.transfer(nars?, 0, FileSize::Small).await) };
+            let (again, _) = tokio::join!(self.fetch(INFO, INFO_BYTES_MAX), nars);
+            match again {
                 Ok(Some(again)) if again.1.multiplexed => (info, peer) = again,
                 refused => {
                     self.client.share_connections(false);

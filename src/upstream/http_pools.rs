@@ -37,7 +37,7 @@ pub(super) struct Clients {
 impl Clients {
     /// Makes empty pools.
     pub(super) fn new(tls: &ClientConfig, options: &HttpOptions) -> Self {
-        let client = |http2_only| {
+        let client = |http2_only: bool| {
             let mut tcp = HttpConnector::new();
             tcp.enforce_http(false);
             tcp.set_nodelay(true);
@@ -51,7 +51,8 @@ impl Clients {
             Client::builder(TokioExecutor::new())
                 .timer(TokioTimer::new())
                 .pool_timer(TokioTimer::new())
-                .pool_idle_timeout(options.idle_timeout)
+                // A shared one is kept until the other side ends it: there are two.
+                .pool_idle_timeout((!http2_only).then_some(options.idle_timeout))
                 .pool_max_idle_per_host(options.idle_max)
                 .http1_max_headers(HEADERS_MAX)
                 .http1_max_buf_size(BUFFER_BYTES)

@@ -397,6 +397,7 @@ pub fn server_options() -> server::Options {
     server::Options {
         connections_max: 64,
         idle: Duration::from_secs(30),
+        shared_idle: Duration::from_secs(30),
         write_stall: Duration::from_secs(30),
         stop: Duration::from_secs(5),
     }
