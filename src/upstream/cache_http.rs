@@ -26,6 +26,7 @@ use super::Error;
 use super::backoff::Backoff;
 use super::cache_files::{CacheFiles, FilePart, FileSize, FileStream, Greeting, PAUSE_MAX, whole};
 use super::http_client::{Got, HttpClient, HttpOptions, Peer};
+use super::http_url::Scheme;
 use crate::codec::decompress::{DecodeError, Decoder};
 use crate::nix::narinfo::Compression;
 
@@ -170,7 +171,8 @@ impl CacheFiles for CacheHttp {
             return Err(Error::Remote(cause.into()));
         };
         self.client.note_offers(peer.offers);
-        if peer.offers.h2c && !peer.multiplexed {
+        let without_tls = self.client.cache().scheme() == Scheme::Http;
+        if peer.offers.h2c && without_tls && !peer.multiplexed {
             // A proxy may have passed the offer on, and know nothing of it.
             self.client.share_connections(true);
             // The first small NAR finds its connection open.
