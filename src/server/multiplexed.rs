@@ -31,7 +31,7 @@ use crate::substituter::transfer;
 use super::handler::Handler;
 use super::listener::{StallGuard, Stream};
 use super::response::Body;
-use super::{HEAD_BYTES_MAX, Options};
+use super::Options;
 
 /// Serves one connection to its end, which comes after the answers that are under way once its place is wanted,
 /// the server stops, or nothing was asked for a while.
@@ -61,7 +61,7 @@ pub(super) async fn serve(
     let connection = http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
         .max_concurrent_streams(STREAMS_MAX)
-        .max_header_list_size(HEAD_BYTES_MAX as u32)
+        .max_header_list_size(HEADERS_BYTES_MAX)
         // Those of a client that gave up many questions at once, while this server was paused, say.
         .max_pending_accept_reset_streams(STREAMS_MAX as usize)
         .keep_alive_interval(PING)
@@ -262,6 +262,9 @@ impl HttpBody for Watched {
 
 /// Answers under way at once; a muster asks 100 questions or fetches 200 small NARs.
 const STREAMS_MAX: u32 = 256;
+
+/// Bytes of a request's headers, as over HTTP/1.
+const HEADERS_BYTES_MAX: u32 = 64 * 1024;
 
 /// Bytes of one stream that are handed on at once, whatever its client has room for.
 const PIECE_BYTES: usize = 32 << 10;
