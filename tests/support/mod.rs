@@ -194,7 +194,7 @@ impl Upstream for Scripted {
         let fewer = |left: usize| left.checked_sub(1);
         let (set, got) = (Ordering::Relaxed, Ordering::Relaxed);
         if self.refusals.fetch_update(set, got, fewer).is_ok() {
-            return Err(Error::Down("Connection closed by it port 22".into()));
+            return Err(Error::Refused("Connection closed by it port 22".into()));
         }
         let known = self.paths.lock().unwrap().get(&info.path.hash()).cloned();
         let Some((_, nar)) = known else {
