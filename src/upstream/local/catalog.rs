@@ -341,8 +341,8 @@ impl Ration {
 /// Between two looks, and so between two heartbeats.
 const HEARTBEAT: Duration = Duration::from_millis(250);
 
-/// More than so many are spread over too many ranges to be sought there: with a thousandth gone of each of
-/// the 1,024, all would be read after all were counted.
+/// Up to so many lie in a quarter of the 1,024 ranges at most. With more, reading all costs less than counting
+/// all first.
 const GONE_FEW: i64 = 256;
 
 /// Of one processor: a collection of garbage in a million paths is then followed within a second, as a look at
