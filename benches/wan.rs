@@ -42,7 +42,11 @@ fn wan() {
             }
             all.iter()
                 .for_each(|via| scene.closure(client, *via, &mut figures));
-            for via in [Via::Nginx, Via::Muster, Via::Peers, Via::PeersNear] {
+            let mut missing = Via::MISSING.to_vec();
+            if round % 2 == 1 {
+                missing.reverse();
+            }
+            for via in missing {
                 scene.misses(client, via, &mut figures);
             }
             if options.large_mib > 0 {
@@ -117,6 +121,8 @@ enum Via {
     Peers,
     /// The same without the line: the LAN's figure.
     PeersNear,
+    /// The builders run muster, and each path is asked for: what none of them has is not known from catalogs.
+    PeersNoCatalog,
 }
 
 impl Via {
@@ -131,6 +137,15 @@ impl Via {
         Self::Nothing,
     ];
 
+    /// The roads on which paths are asked for that nobody has.
+    const MISSING: [Self; 5] = [
+        Self::Nginx,
+        Self::Muster,
+        Self::Peers,
+        Self::PeersNear,
+        Self::PeersNoCatalog,
+    ];
+
     fn name(self) -> &'static str {
         match self {
             Self::Nginx => NGINX,
@@ -141,13 +156,14 @@ impl Via {
             Self::Nothing => "muster, nothing ahead",
             Self::Peers => PEERS,
             Self::PeersNear => PEERS_NEAR,
+            Self::PeersNoCatalog => PEERS_NO_CATALOG,
         }
     }
 
     /// The port of the builders' musters: behind the line, or their own.
     fn peers(self) -> Option<u16> {
         match self {
-            Self::Peers => Some(5000),
+            Self::Peers | Self::PeersNoCatalog => Some(5000),
             Self::PeersNear => Some(PEER_PORT),
             _ => None,
         }
@@ -159,6 +175,7 @@ impl Via {
             Self::NoNars => "prefetch-nars = 0",
             Self::Levels => "prefetch-nars = 0\nprefetch-closure = false",
             Self::Nothing => "prefetch = false",
+            Self::PeersNoCatalog => "catalog = false\n",
         }
     }
 }
@@ -180,6 +197,7 @@ const NGINX_NEAR: &str = "nginx, no line";
 const MUSTER: &str = "muster";
 const PEERS: &str = "muster, builders run muster";
 const PEERS_NEAR: &str = "muster, builders run muster, no line";
+const PEERS_NO_CATALOG: &str = "muster, builders run muster, no catalog";
 
 /// What a road needs while it is taken.
 struct Road<'a> {
@@ -436,6 +454,7 @@ impl Scene {
             figures.set_goal(CLOSURE, client, PEERS, Goal::AtMost(0.6));
             figures.set_goal(MISSES, client, MUSTER, Goal::AtMost(0.6));
             figures.set_goal(MISSES, client, PEERS, Goal::Times(1.2, PEERS_NEAR));
+            figures.set_goal(MISSES, client, PEERS_NO_CATALOG, Goal::Beside(PEERS));
             figures.set_goal(LARGE, client, MUSTER, Goal::Times(1.1, CAT));
             figures.set_goal(LARGE, client, PEERS, Goal::Times(1.0, NGINX));
         }

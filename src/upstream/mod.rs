@@ -28,6 +28,7 @@ pub mod memory;
 pub mod peer_closures;
 pub mod pool;
 mod pool_choice;
+pub mod pulse;
 mod realisations;
 pub mod roots;
 pub mod runtime_dir;
