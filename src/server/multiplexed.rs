@@ -28,10 +28,10 @@ use tracing::debug;
 
 use crate::substituter::transfer;
 
+use super::Options;
 use super::handler::Handler;
 use super::listener::{StallGuard, Stream};
 use super::response::Body;
-use super::Options;
 
 /// Serves one connection to its end, which comes after the answers that are under way once its place is wanted,
 /// the server stops, or nothing was asked for a while.
