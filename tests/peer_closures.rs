@@ -296,7 +296,7 @@ fn wide_row(count: usize) -> Vec<Path> {
 #[tokio::test(flavor = "multi_thread")]
 async fn no_more_of_a_closure_is_told_than_is_read() {
     let paths = wide_row(38);
-    let (served, store) = peer(&paths).await;
+    let (served, store, _) = peer(&paths).await;
     let scope = "Muster-Scope: own-store\r\n";
     let told = async |(info, _): &Path| {
         let target = format!("/muster/closure/{}", info.path.hash());
