@@ -86,17 +86,30 @@ impl Fill {
     ///
     /// After an error the fill can only be dropped.
     pub fn write(&mut self, chunk: &[u8]) -> io::Result<()> {
+        self.write_all(&[chunk])
+    }
+
+    /// Appends several chunks, which are then to be read at one go.
+    ///
+    /// After an error the fill can only be dropped.
+    pub fn write_all(&mut self, chunks: &[impl AsRef<[u8]>]) -> io::Result<()> {
         let Progress { written, stage } = *self.progress.borrow();
         let (Some(place), Stage::Growing) = (&mut self.place, stage) else {
             return Err(io::Error::other("the fill has failed before"));
         };
-        let size_bytes = written + chunk.len() as u64;
-        let done = place.grow(size_bytes).and_then(|()| {
-            let done = self.file.write_all_at(chunk, written);
-            done.inspect_err(|error| place.failed(error))
-        });
-        if done.is_ok() {
-            self.sha256.update(chunk);
+        let size = |chunk: &_| AsRef::<[u8]>::as_ref(chunk).len() as u64;
+        let size_bytes = written + chunks.iter().map(size).sum::<u64>();
+        let mut offset = written;
+        let mut done = place.grow(size_bytes);
+        for chunk in chunks.iter().map(AsRef::as_ref) {
+            done = done.and_then(|()| {
+                let done = self.file.write_all_at(chunk, offset);
+                done.inspect_err(|error| place.failed(error))
+            });
+            if done.is_ok() {
+                self.sha256.update(chunk);
+                offset += chunk.len() as u64;
+            }
         }
         self.progress.send_modify(|progress| match done {
             Ok(()) => progress.written = size_bytes,
