@@ -132,10 +132,16 @@ pub(super) async fn begin(source: Source, url: &NarUrl) -> Option<Begun> {
     let Some(intake) = intake else {
         return Some(Begun::Direct(checked));
     };
-    let fill = match intake.begin() {
+    let mut fill = match intake.begin() {
         Some(fill) => fill,
         None => return Some(Begun::Direct(checked)),
     };
+    if let Checked::File {
+        hash: Some(hash), ..
+    } = &checked
+    {
+        fill.promise(*hash);
+    }
     let (tell_outcome, outcome) = watch::channel(None);
     let filling = Arc::new(Filling {
         info: Arc::clone(&info),
@@ -204,7 +210,7 @@ async fn write_all(
     let shared = &intake.shared;
     let nar_size = filling.info.nar_size;
     let mut file = match checked {
-        Checked::File(file) => file,
+        Checked::File { stream, .. } => stream,
         Checked::Nar(nar) => transfer::encode(shared, Encoding::Zstd, nar_size, teed(nar, raw)),
     };
     let mut orphan: Option<OwnedSemaphorePermit> = None;
