@@ -221,11 +221,11 @@ async fn write_all(
         }
         let item = tokio::select! {
             biased;
-            item = file.next() => item,
             done = writing.turn() => {
                 done?;
                 continue;
             }
+            item = file.next() => item,
             () = filling.abandonment(shared.options.fill.orphan_stall) => {
                 debug!(path = %filling.info.path, "given up, nobody waits and its source is silent");
                 return None;
