@@ -108,6 +108,8 @@ impl Options {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Via {
     Nginx,
+    /// The same without the line: what the client itself takes.
+    NginxNear,
     Muster,
     /// Without NARs pulled ahead.
     NoNars,
@@ -122,8 +124,9 @@ enum Via {
 }
 
 impl Via {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::Nginx,
+        Self::NginxNear,
         Self::Muster,
         Self::Peers,
         Self::PeersNear,
@@ -135,6 +138,7 @@ impl Via {
     fn name(self) -> &'static str {
         match self {
             Self::Nginx => NGINX,
+            Self::NginxNear => NGINX_NEAR,
             Self::Muster => MUSTER,
             Self::NoNars => "muster, no NARs ahead",
             Self::Levels => "muster, level by level, no NARs ahead",
@@ -155,7 +159,7 @@ impl Via {
 
     fn config(self) -> &'static str {
         match self {
-            Self::Nginx | Self::Muster | Self::Peers | Self::PeersNear => "",
+            Self::Nginx | Self::NginxNear | Self::Muster | Self::Peers | Self::PeersNear => "",
             Self::NoNars => "prefetch-nars = 0",
             Self::Levels => "prefetch-nars = 0\nprefetch-closure = false",
             Self::Nothing => "prefetch = false",
@@ -164,6 +168,19 @@ impl Via {
 }
 
 const NGINX: &str = "nginx over the line";
+/// CPU time that a machine's processes of this name have taken, in ms.
+fn cpu_ms(machine: &Machine, name: &str) -> u64 {
+    let ticks = machine.processes(name).into_iter().filter_map(|pid| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // utime and stime, behind the name in its brackets.
+        let (_, rest) = stat.rsplit_once(") ")?;
+        let words = rest.split(' ').skip(11).take(2);
+        Some(words.filter_map(|n| n.parse::<u64>().ok()).sum::<u64>())
+    });
+    ticks.sum::<u64>() * 10
+}
+
+const NGINX_NEAR: &str = "nginx, no line";
 const MUSTER: &str = "muster";
 const PEERS: &str = "muster, builders run muster";
 const PEERS_NEAR: &str = "muster, builders run muster, no line";
@@ -277,7 +294,13 @@ impl Scene {
         );
         if road.muster.is_some() && env::var_os("MUSTER_WAN_SHOW").is_some() {
             let report = self.muster.run(HEALTHZ).out;
-            eprintln!("{}: {:.3} s {report}\n{log}", via.name(), got.secs);
+            let machines = std::iter::once(&self.muster).chain(&self.builders);
+            let cpu: Vec<_> = machines.map(|m| (&m.name, cpu_ms(m, "muster"))).collect();
+            eprintln!(
+                "{}: {:.3} s, CPU of muster in ms {cpu:?} {report}\n{log}",
+                via.name(),
+                got.secs
+            );
         }
     }
 
@@ -348,11 +371,16 @@ impl Scene {
 
     /// Starts what a road needs.
     fn serve(&self, via: Via) -> Road<'_> {
-        if via == Via::Nginx {
+        let nginx = match via {
+            Via::Nginx => Some("http://www"),
+            Via::NginxNear => Some("http://www:8080"),
+            _ => None,
+        };
+        if let Some(url) = nginx {
             return Road {
                 muster: None,
                 _peers: Vec::new(),
-                url: "http://www".into(),
+                url: url.into(),
                 key: self.key.clone(),
             };
         }

@@ -224,6 +224,7 @@ fn server_options(config: &Config, files_max: usize) -> server::Options {
     server::Options {
         connections_max: config.max_connections.min(room),
         idle: Duration::from_secs(90),
+        shared_idle: Duration::from_secs(3600),
         write_stall: Duration::from_secs(300),
         stop: config.stop_timeout,
     }
@@ -242,6 +243,7 @@ fn substituter_options(config: &Config) -> substituter::Options {
             whole_kib_max: 256 << 10,
             stall: Duration::from_secs(5),
             stall_last: Duration::from_secs(30),
+            refusal: Duration::from_secs(6),
             encoder: EncoderOptions {
                 concurrent: config.max_encoders,
                 zstd_level: config

@@ -243,8 +243,9 @@ fn a_loaded_builder_on_a_slow_line_is_waited_for_from_the_start() {
     assert_eq!(
         (got.built(), got.copied()),
         (0, 9),
-        "{got}\n{}",
-        muster.log()
+        "{got}\n{}\nb2's sshd: {}",
+        muster.log(),
+        b2.sshd_log()
     );
     assert_eq!(got.out.trim(), foo);
     drop(b1);

@@ -210,11 +210,14 @@ async fn a_muster_without_a_store_of_its_own_has_nothing_for_another() {
     let answer = request(muster.address(), "GET", &narinfo(&info), OWN_STORE).await;
     assert_eq!(answer.status, 404);
     assert_eq!(muster.narinfo(&info).await.status, 200);
-    assert_eq!(offers(&muster).await, None);
+    assert_eq!(offers(&muster).await.as_deref(), Some("h2c"));
     muster.ask(vec![
         member(0, Arc::clone(&builder) as Arc<dyn Upstream>).of_own_store(true),
     ]);
-    assert_eq!(offers(&muster).await.as_deref(), Some("own-store, closure"));
+    assert_eq!(
+        offers(&muster).await.as_deref(),
+        Some("own-store, closure, h2c")
+    );
 }
 
 /// So a laptop's muster may name that of an office, which gathers builders and has no store.
@@ -271,7 +274,10 @@ async fn a_muster_that_names_itself_finds_itself_out() {
     muster.ask(vec![
         member(0, Arc::clone(&own) as Arc<dyn Upstream>).of_own_store(true),
     ]);
-    assert_eq!(offers(&muster).await.as_deref(), Some("own-store, closure"));
+    assert_eq!(
+        offers(&muster).await.as_deref(),
+        Some("own-store, closure, h2c")
+    );
     muster.ask(vec![
         member(0, Arc::clone(&own) as Arc<dyn Upstream>).of_own_store(true),
         peer(1, muster.address()).await,

@@ -213,6 +213,40 @@ async fn neither_a_holder_that_is_slow_to_begin_nor_one_that_does_not_tell_holds
     }
 }
 
+/// As sshd does while there are many logins at once.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_last_holder_that_lets_nobody_in_for_a_moment_is_waited_for() {
+    let [a, b] = ["a", "b"].map(Scripted::new);
+    let paths = [path(1, 3000, &[]), path(2, 5 << 20, &[])];
+    paths.iter().for_each(|(info, nar)| a.add(info, nar));
+    let both = [Arc::clone(&a), Arc::clone(&b)];
+    let served = serve(substituter(&both)).await;
+    for (info, nar) in &paths {
+        let target = nar_target(&get(served.address, &narinfo_target(info)).await);
+        a.refusals.store(3, Ordering::Relaxed);
+        let got = get(served.address, &target).await;
+        assert!(got.status == 200 && got.body == *nar);
+    }
+    // Another holder is taken at once.
+    let (info, nar) = path(3, 3000, &[]);
+    a.add(&info, &nar);
+    b.add(&info, &nar);
+    let target = nar_target(&get(served.address, &narinfo_target(&info)).await);
+    a.refusals.store(usize::MAX, Ordering::Relaxed);
+    let begun = std::time::Instant::now();
+    assert!(get(served.address, &target).await.body == nar);
+    let took = begun.elapsed();
+    assert!(took < Duration::from_millis(150), "{took:?}");
+    // One that lets nobody in for good is given up.
+    let (info, nar) = path(4, 3000, &[]);
+    a.add(&info, &nar);
+    let target = nar_target(&get(served.address, &narinfo_target(&info)).await);
+    let begun = std::time::Instant::now();
+    assert_eq!(get(served.address, &target).await.status, 404);
+    let took = begun.elapsed();
+    assert!(took < Duration::from_secs(8), "{took:?}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_holder_that_gives_all_and_does_not_end_has_given_all() {
     let a = Scripted::new("a");

@@ -22,7 +22,7 @@ use super::error::Error;
 use super::range;
 use super::response::{self, Body};
 use super::route::Route;
-use super::scope::{OFFER, Scope};
+use super::scope::{Scope, offer};
 use super::splice::{FileBody, FileQueue};
 
 /// Answers requests.
@@ -54,11 +54,11 @@ impl Handler {
     }
 
     /// Answers one request. Dropped when the client leaves; what it asked for is given up, unless
-    /// somebody else waits for it too. `files` is the queue of its connection.
+    /// somebody else waits for it too. `files` is the queue of its connection, if that sends files by itself.
     pub(super) async fn handle(
         &self,
         request: Request<Incoming>,
-        files: FileQueue,
+        files: Option<FileQueue>,
     ) -> Response<Body> {
         let only_head = match *request.method() {
             Method::GET => false,
@@ -80,7 +80,7 @@ impl Handler {
             Route::Nar(url) => this.nar(&url, &request, files).await,
             Route::CacheInfo => {
                 let text = this.info.borrow().cache_info.clone();
-                let offer = self.substituter.has_own_store().then_some(OFFER);
+                let offer = offer(self.substituter.has_own_store());
                 let answer = response::whole("text/x-nix-cache-info", text);
                 Ok(response::named(answer, offer))
             }
@@ -144,7 +144,7 @@ impl Handler {
         &self,
         url: &NarUrl,
         request: &Request<Incoming>,
-        files: FileQueue,
+        files: Option<FileQueue>,
     ) -> Result<Response<Body>, Error> {
         let extent = match range::is_asked_for(request.headers()) {
             true => Extent::Part,
@@ -166,9 +166,14 @@ impl Handler {
         };
         let answer = match nar.body {
             NarBody::File(kept) => {
-                let whole = 0..kept.nar.size_bytes;
-                let body = FileBody::new(kept, part.clone().unwrap_or(whole), files);
-                response::file(NAR, body)
+                let extent = part.clone().unwrap_or(0..kept.nar.size_bytes);
+                match files {
+                    Some(files) => response::file(NAR, FileBody::new(kept, extent, files)),
+                    None => {
+                        let length = extent.end - extent.start;
+                        response::stream(NAR, kept.read(extent), Some(length))
+                    }
+                }
             }
             NarBody::Whole(bytes) => {
                 // A whole NAR is in memory, so its size fits.

@@ -44,6 +44,20 @@ impl Listener {
 }
 
 impl Stream {
+    /// Waits for a client's first bytes and tells whether they are these, taking none.
+    ///
+    /// At most 8 bytes; they are expected in one piece, and never over a Unix socket.
+    pub(super) async fn begins_with(&self, start: &[u8]) -> io::Result<bool> {
+        let Self::Tcp(stream) = self else {
+            return Ok(false);
+        };
+        let mut first = [0; 8];
+        let length = stream.peek(&mut first).await?;
+        Ok(first
+            .get(..length)
+            .is_some_and(|first| first.starts_with(start)))
+    }
+
     /// Waits until bytes can be written; dropped, nothing is lost.
     pub(super) fn poll_write_ready(&self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self {

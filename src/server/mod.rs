@@ -1,11 +1,13 @@
 //! HTTP in, HTTP out.
 //!
 //! ```text
-//! listener -> connection (one task each) -> route -> handler -> response
+//! listener -> connection (one task each; HTTP/1.1, or HTTP/2 where a client begins so) -> route -> handler -> response
 //! ```
 //!
 //! Other musters find more here than other clients do: their questions may be about the own store alone
 //! (`scope`), and of that they are told whole closures (`closure`) and a live catalog (`catalog`).
+//!
+//! They may ask over HTTP/2 (`multiplexed`).
 //!
 //! Nothing here decides what is served; that is the substituter's. Overload holds connections
 //! back: it is never answered with 429 or 503, on which real clients give up.
@@ -16,6 +18,7 @@ pub mod error;
 mod handler;
 mod idle;
 pub mod listener;
+mod multiplexed;
 mod range;
 pub mod response;
 pub mod route;
@@ -36,6 +39,7 @@ use hyper_util::rt::TokioIo;
 use tokio::sync::futures::OwnedNotified;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
+use tokio::time::timeout;
 use tracing::{debug, warn};
 
 use crate::substituter::Substituter;
@@ -53,6 +57,8 @@ pub struct Options {
     pub connections_max: usize,
     /// Time for a request's head, and for which an idle connection is kept.
     pub idle: Duration,
+    /// For which an idle connection of HTTP/2 is kept: a muster has few and asks again any time.
+    pub shared_idle: Duration,
     /// Time for which a client may take no byte of a response.
     pub write_stall: Duration,
     /// Time that running transfers get when the server is told to stop.
@@ -107,7 +113,7 @@ pub async fn serve(
         debug!(connections = running, "waiting for running transfers");
     }
     let finished = async { while connections.join_next().await.is_some() {} };
-    if tokio::time::timeout(options.stop, finished).await.is_err() {
+    if timeout(options.stop, finished).await.is_err() {
         warn!(after = ?options.stop, "transfers were still running, they are cut");
     }
 }
@@ -178,9 +184,29 @@ async fn accept(
     }
 }
 
-/// Serves one connection to its end, which comes after the next response once its place is wanted
-/// or the server stops.
+/// Serves one connection to its end.
 async fn connection(
+    stream: Stream,
+    handler: Arc<Handler>,
+    options: Options,
+    wanted: OwnedNotified,
+    mut stop: watch::Receiver<bool>,
+) {
+    let preface = tokio::select! {
+        preface = timeout(options.idle, stream.begins_with(HTTP2_PREFACE)) => preface,
+        _ = stop.wait_for(|stop| *stop) => return,
+    };
+    match preface {
+        Ok(Ok(true)) => multiplexed::serve(stream, handler, options, wanted, stop).await,
+        Ok(Ok(false)) => one_by_one(stream, handler, options, wanted, stop).await,
+        Ok(Err(error)) => debug!(%error, "connection ended"),
+        Err(_) => {}
+    }
+}
+
+/// Serves one connection of HTTP/1.1 to its end, which comes after the next response once its place is wanted
+/// or the server stops.
+async fn one_by_one(
     stream: Stream,
     handler: Arc<Handler>,
     options: Options,
@@ -194,7 +220,7 @@ async fn connection(
     let service = service_fn(move |request| {
         asked.notify_one();
         let (handler, files) = (Arc::clone(&handler), files.clone());
-        async move { Ok::<_, Infallible>(handler.handle(request, files).await) }
+        async move { Ok::<_, Infallible>(handler.handle(request, Some(files)).await) }
     });
     let io = TokioIo::new(StallGuard::new(stream, options.write_stall));
     let connection = http1::Builder::new()
@@ -239,4 +265,6 @@ async fn wait_for(mut connections: JoinSet<()>) {
 
 /// Bytes of a request's head, and of what is read ahead.
 const HEAD_BYTES_MAX: usize = 64 * 1024;
+/// What no request of HTTP/1 begins with; the whole preface is hyper's to check.
+const HTTP2_PREFACE: &[u8] = b"PRI ";
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);

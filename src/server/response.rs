@@ -120,13 +120,11 @@ pub fn with_range(
 }
 
 /// Says what answers and what it offers, once per cache: other musters look for it.
-pub fn named(mut response: Response<Body>, offer: Option<&'static str>) -> Response<Body> {
+pub fn named(mut response: Response<Body>, offer: &'static str) -> Response<Body> {
     let name = HeaderValue::from_static(concat!("muster/", env!("CARGO_PKG_VERSION")));
     response.headers_mut().insert(header::SERVER, name);
-    if let Some(offer) = offer {
-        let offer = HeaderValue::from_static(offer);
-        response.headers_mut().insert(OFFERS, offer);
-    }
+    let offer = HeaderValue::from_static(offer);
+    response.headers_mut().insert(OFFERS, offer);
     response
 }
 

@@ -1,7 +1,7 @@
-//! Which part of the upstreams a request is about.
+//! What musters offer each other, and which part of the upstreams a request is about.
 //!
 //! ```text
-//! GET /nix-cache-info                                  ->  Muster-Offers: own-store, closure
+//! GET /nix-cache-info                                  ->  Muster-Offers: own-store, closure, h2c
 //! GET … Muster-Scope: own-store                        ->  answered by this machine's own store alone, or not at all
 //! GET /muster/closure/<hash> Muster-Scope: own-store   ->  all narinfos of a closure, see `codec::closure_wire`
 //! ```
@@ -10,6 +10,9 @@
 //! muster to the next and no further, whatever they name as their upstreams. A muster without a store of its own
 //! does not offer it and is asked as any cache is; musters of that kind that name each other find out by a
 //! question that comes back. Other values mean nothing, and the request is answered as any other.
+//!
+//! `h2c` offers HTTP/2 to who begins with it, without TLS and upgrade. Who is offered it makes sure by asking so once, as a
+//! proxy in between may pass the header on and know nothing of it.
 
 use hyper::HeaderMap;
 
@@ -41,10 +44,15 @@ pub(super) const OFFERS: &str = "muster-offers";
 /// The scope.
 const OWN_STORE: &str = "own-store";
 
-/// What a muster with a store of its own offers: this scope, and whole closures within it.
+/// Returns what a muster offers: with a store of its own this scope, and whole closures within it.
 ///
 /// A list with commas. A peer that knows the first word alone is asked for narinfos one by one.
-pub(super) const OFFER: &str = "own-store, closure";
+pub(super) fn offer(has_own_store: bool) -> &'static str {
+    match has_own_store {
+        true => "own-store, closure, h2c",
+        false => "h2c",
+    }
+}
 
 #[cfg(test)]
 mod tests {

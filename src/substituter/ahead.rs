@@ -46,6 +46,8 @@ pub struct Options {
     /// NARs pulled at once for one closure: a round trip's worth of a quick line, and fewer than
     /// make a pool open more sessions.
     pub at_once: usize,
+    /// The same with those that come from where many share one connection.
+    pub shared_at_once: usize,
     /// Closures pulled at once; further ones are not pulled.
     pub pulls_max: usize,
     /// How long a NAR waits to be claimed, and a pull for room.
@@ -62,6 +64,7 @@ impl Default for Options {
             bytes_max: 64 << 20,
             nar_bytes_max: 1 << 20,
             at_once: 48,
+            shared_at_once: 200,
             pulls_max: 8,
             ttl: Duration::from_secs(30),
             asked_max: 20_000,
@@ -207,6 +210,7 @@ fn begin(shared: &Arc<Shared>, first: &Arc<PathInfo>) {
     };
     let pull = Pull {
         shared: Arc::clone(shared),
+        alone: Semaphore::new(options.at_once.max(1)),
         options,
         number,
         queued: Vec::new(),
@@ -226,6 +230,8 @@ struct Pull {
     /// All that it was to pull.
     queued: Vec<StorePathHash>,
     sorting: bool,
+    /// Places for those that do not share a connection.
+    alone: Semaphore,
     /// Whether it counts no more as one that pulls.
     over: bool,
 }
@@ -238,7 +244,7 @@ impl Pull {
             return;
         }
         self.queued = wanted.iter().map(|info| info.path.hash()).collect();
-        let (this, at_once) = (&self, self.options.at_once.max(1));
+        let this = &self;
         // In their order, so that the memory is for those that are wanted first.
         stream::iter(wanted)
             .map(|info| async move { this.reserve(&info).await.map(|room| (info, room)) })
@@ -246,7 +252,7 @@ impl Pull {
             .take_while(|reserved| std::future::ready(reserved.is_some()))
             .filter_map(std::future::ready)
             .map(|(info, room)| this.pull(info, room))
-            .buffer_unordered(at_once)
+            .buffer_unordered(self.options.shared_at_once.max(1))
             .for_each(|()| std::future::ready(()))
             .await;
         self.end();
@@ -301,6 +307,13 @@ impl Pull {
             encoding: self.shared.setup().publisher.encoding,
             file_hash: None,
         };
+        let Some(source) = Source::locate(&self.shared, &url).await else {
+            return;
+        };
+        let _turn = match source.shares_connections() {
+            true => None,
+            false => self.alone.acquire().await.ok(),
+        };
         let (arrived, arrival) = oneshot::channel();
         {
             let mut state = self.shared.ahead.state();
@@ -312,9 +325,6 @@ impl Pull {
             let pull = self.number;
             state.parcels.insert(name, Parcel { pull, arrival });
         }
-        let Some(source) = Source::locate(&self.shared, &url).await else {
-            return;
-        };
         if let Some(bytes) = transfer::read_whole(&self.shared, source, &url).await {
             self.shared.counters.nar_ahead.increment();
             // One who claimed it and left does not mind.

@@ -30,7 +30,7 @@ use crate::upstream::{self, Link, NarStream, Upstream};
 
 use super::member::Member;
 use super::shared::Shared;
-use super::{Setup, health};
+use super::{Setup, health, transfer};
 
 /// A kept NAR that is being served as the file that it is.
 #[derive(Clone)]
@@ -92,6 +92,31 @@ impl KeptNar {
         let size_bytes = self.nar.size_bytes;
         let cause = format!("it ended after {offset} of {size_bytes} bytes");
         self.backend.corrupt(&self.name, &cause);
+    }
+
+    /// Reads a part of the file; an error where the file ends early, which is noted. Dropped, reading ends.
+    pub fn read(
+        self,
+        part: std::ops::Range<u64>,
+    ) -> BoxStream<'static, Result<Bytes, transfer::Error>> {
+        let (offset, end) = (part.start, part.end);
+        let chunks = stream::try_unfold((self, offset), move |(kept, offset)| async move {
+            if offset >= end {
+                return Ok(None);
+            }
+            match read_at(Arc::clone(&kept.nar.file), offset, end).await {
+                Ok(chunk) => {
+                    let next = offset + chunk.len() as u64;
+                    Ok(Some((chunk, (kept, next))))
+                }
+                Err(error) => {
+                    kept.ended_early(offset);
+                    let cause = upstream::Error::Lost(format!("a kept file: {error}").into());
+                    Err(transfer::Error::NoHolderLeft { offset, cause })
+                }
+            }
+        });
+        chunks.boxed()
     }
 
     /// Reads the NAR inside, unchecked; a damaged file is noted. Dropped, reading ends.

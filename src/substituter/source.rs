@@ -3,10 +3,11 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, warn};
 
 use crate::cache::memory::{Entry, UpstreamId};
@@ -33,6 +34,10 @@ pub(super) struct Source {
     set_aside: Vec<Arc<Member>>,
     /// How many of those were tried again.
     tried_again: usize,
+    /// Holders that let nobody in, though they answer questions.
+    refusing: Vec<Arc<Member>>,
+    /// When the first of them did so, and how often all of them were tried since.
+    refused: Option<(Instant, u32)>,
     /// Holders that are connected but sick: one slow answer is better than a build.
     doubtful: Vec<Arc<Member>>,
     /// All others, once they are asked who has this NAR.
@@ -79,6 +84,8 @@ impl Source {
             tried: Vec::new(),
             set_aside: Vec::new(),
             tried_again: 0,
+            refusing: Vec::new(),
+            refused: None,
             doubtful: Vec::new(),
             others,
         })
@@ -88,6 +95,12 @@ impl Source {
     pub(super) fn is_here(&self) -> bool {
         let first = self.waiting.front();
         first.is_some_and(|member| member.id == KEPT || member.is_own_store())
+    }
+
+    /// Tells whether the first to be tried sends many small NARs over one connection.
+    pub(super) fn shares_connections(&self) -> bool {
+        let first = self.waiting.front();
+        first.is_some_and(|member| member.upstream.shares_connections())
     }
 
     /// Tells whether the NAR comes out of the cache.
@@ -109,6 +122,7 @@ impl Source {
                 Some(member) => member,
                 None => match self.next_set_aside() {
                     Some(member) => member,
+                    None if self.wait_for_refusing().await => continue,
                     None => return self.next_doubtful().await,
                 },
             };
@@ -133,10 +147,33 @@ impl Source {
                 Ok(None) => self.is_gone(&member),
                 Err(error) => {
                     self.broke(&member, 0, &error);
-                    self.doubt(&member);
+                    if matches!(error, upstream::Error::Down(_)) {
+                        self.refusing.push(member);
+                    } else {
+                        self.doubt(&member);
+                    }
                 }
             }
         }
+    }
+
+    /// Waits a little before those that let nobody in are tried again; `false`: none is left, or it was long enough.
+    ///
+    /// An sshd drops logins while there are many at once, or after some that failed, and lets others in a moment later.
+    async fn wait_for_refusing(&mut self) -> bool {
+        let refusing = std::mem::take(&mut self.refusing);
+        let (since, tries) = *self.refused.get_or_insert((Instant::now(), 0));
+        let late = since.elapsed() >= self.shared.options.transfer.refusal;
+        refusing.iter().for_each(|member| self.doubt(member));
+        let well = refusing.into_iter().filter(|m| self.may_give(m));
+        let well: Vec<_> = well.collect();
+        if well.is_empty() || late {
+            return false;
+        }
+        self.refused = Some((since, tries + 1));
+        sleep(REFUSED_PAUSE * 2_u32.pow(tries.min(3))).await;
+        self.waiting.extend(well);
+        true
     }
 
     /// Opens the NAR at whichever sick holder is the first to give it, all at once, as long as the last
@@ -267,3 +304,6 @@ async fn next_of(answers: &mut Answers, nar_hash: NarHash) -> Option<(Arc<Member
     }
     None
 }
+
+/// Before the first further try of a holder that let nobody in; doubled up to eight times that.
+const REFUSED_PAUSE: Duration = Duration::from_millis(200);

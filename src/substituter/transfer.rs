@@ -47,6 +47,8 @@ pub struct Options {
     pub stall: Duration,
     /// Silence within a NAR after which the last holder is given up, too.
     pub stall_last: Duration,
+    /// For how long a last holder that lets nobody in, though it answers questions, is tried again.
+    pub refusal: Duration,
     /// How NARs are compressed on the fly.
     pub encoder: EncoderOptions,
 }

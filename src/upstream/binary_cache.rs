@@ -15,7 +15,7 @@ use moka::sync::Cache;
 use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 
-use super::cache_files::{CacheFiles, FilePart, FileStream, whole};
+use super::cache_files::{CacheFiles, FilePart, FileSize, FileStream, whole};
 use super::cache_http::decode_error;
 use super::cache_link::CacheLink;
 use super::catalog_feed::{FedCatalog, FeedOptions, FeedSource, FeedStream};
@@ -42,6 +42,7 @@ pub struct BinaryCache {
     decoder: Decoder,
     large: Arc<Semaphore>,
     small: Arc<Semaphore>,
+    shared_small: Arc<Semaphore>,
     options: BinaryCacheOptions,
     /// What a muster says of itself without being asked.
     catalog: Option<FedCatalog>,
@@ -54,6 +55,8 @@ pub struct BinaryCacheOptions {
     pub large_max: usize,
     /// The same for small ones; over HTTP/1 each has a connection.
     pub small_max: usize,
+    /// The same where they share one: a round trip's worth of small paths.
+    pub shared_small_max: usize,
     /// For a transfer to get its turn.
     pub turn_timeout: Duration,
     /// Places of NARs that are remembered, some 200 bytes each; a closure has up to 20,000 paths.
@@ -108,6 +111,9 @@ impl BinaryCache {
             decoder,
             large: Arc::new(Semaphore::new(options.large_max.clamp(1, TRANSFERS_MAX))),
             small: Arc::new(Semaphore::new(options.small_max.clamp(1, TRANSFERS_MAX))),
+            shared_small: Arc::new(Semaphore::new(
+                options.shared_small_max.clamp(1, TRANSFERS_MAX),
+            )),
             options,
         }
     }
@@ -148,9 +154,10 @@ impl BinaryCache {
 
     /// Waits for this transfer's turn; the permit goes with the stream.
     async fn turn(&self, nar_size: u64) -> Result<tokio::sync::OwnedSemaphorePermit, Error> {
-        let turns = match nar_size {
-            0..=SMALL_BYTES_MAX => &self.small,
-            _ => &self.large,
+        let turns = match size_of(nar_size) {
+            FileSize::Small if self.files.shares_connections() => &self.shared_small,
+            FileSize::Small => &self.small,
+            FileSize::Large => &self.large,
         };
         let after = self.options.turn_timeout;
         let question = "a turn to send a NAR";
@@ -165,7 +172,11 @@ impl BinaryCache {
         let Some(place) = self.place(info, Memory::Used).await? else {
             return Ok(None);
         };
-        if let Some(file) = self.link.note(self.files.open(&place.file, 0).await)? {
+        let size = size_of(info.nar_size);
+        if let Some(file) = self
+            .link
+            .note(self.files.open(&place.file, 0, size).await)?
+        {
             return Ok(Some((place, file.bytes)));
         }
         // Caches that repack name the NAR otherwise from then on.
@@ -173,7 +184,8 @@ impl BinaryCache {
         let Some(moved) = moved.filter(|moved| moved.file != place.file) else {
             return Ok(None);
         };
-        let file = self.link.note(self.files.open(&moved.file, 0).await)?;
+        let file = self.files.open(&moved.file, 0, size).await;
+        let file = self.link.note(file)?;
         Ok(file.map(|file| (moved, file.bytes)))
     }
 }
@@ -205,7 +217,8 @@ impl FeedSource for MusterFeed {
         if !up.is_ok_and(|link| matches!(&*link, Link::Up { peer } if peer.contains(MUSTER))) {
             return Ok(None);
         }
-        let feed = self.files.open(&self.files.locate(CATALOG)?, 0).await?;
+        let place = self.files.locate(CATALOG)?;
+        let feed = self.files.open(&place, 0, FileSize::Large).await?;
         Ok(feed.map(|feed| feed.bytes))
     }
 }
@@ -254,6 +267,10 @@ impl Upstream for BinaryCache {
         let questions = stream::iter(paths.to_vec()).map(one);
         let answers = questions.buffered(self.files.questions_max());
         answers.collect().await
+    }
+
+    fn shares_connections(&self) -> bool {
+        self.files.shares_connections()
     }
 
     /// A muster with a store of its own tells its closures.
@@ -314,7 +331,8 @@ impl Upstream for BinaryCache {
     ) -> Result<Option<FilePart>, Error> {
         self.link.ready().await?;
         let permit = self.turn(info.nar_size).await?;
-        let opened = self.files.open(&nar.place, offset).await;
+        let size = size_of(info.nar_size);
+        let opened = self.files.open(&nar.place, offset, size).await;
         let Some(FilePart { begins_at, bytes }) = self.link.note(opened)? else {
             return Ok(None);
         };
@@ -402,6 +420,14 @@ fn packed_as(log: &[u8]) -> Option<Compression> {
     found.map(|(_, compression)| compression)
 }
 
+/// Tells whether a NAR's file is a small one, as far as its way is concerned.
+fn size_of(nar_size: u64) -> FileSize {
+    match nar_size {
+        0..=SMALL_BYTES_MAX => FileSize::Small,
+        _ => FileSize::Large,
+    }
+}
+
 /// What a file may have at most: no compression makes a NAR much larger than it is.
 fn file_bytes_max(nar_size: u64) -> u64 {
     nar_size
@@ -454,6 +480,7 @@ impl Default for BinaryCacheOptions {
         Self {
             large_max: 8,
             small_max: 25,
+            shared_small_max: 200,
             turn_timeout: Duration::from_secs(60),
             places_max: 50_000,
             log_bytes_max: 64 << 20,

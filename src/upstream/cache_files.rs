@@ -25,6 +25,15 @@ pub struct FilePart {
     pub bytes: FileStream,
 }
 
+/// How large a file is, as far as its way is concerned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FileSize {
+    /// Up to some MiB: it may share a connection with others of its kind.
+    Small,
+    /// Larger, or without an end: it has a connection of its own.
+    Large,
+}
+
 /// Where the files of one cache are.
 ///
 /// Every method may be called at once, its future dropped at any point, and is bounded in time.
@@ -41,8 +50,13 @@ pub trait CacheFiles: Send + Sync + 'static {
     /// Finds the place that a narinfo means by its `URL`; an error when it must not be followed.
     fn locate(&self, url: &str) -> Result<String, Error>;
 
-    /// Opens a large file at a byte, or before it where it cannot be had in parts; `None`: it is not there.
-    async fn open(&self, place: &str, offset: u64) -> Result<Option<FilePart>, Error>;
+    /// Opens a NAR's file at a byte, or before it where it cannot be had in parts; `None`: it is not there.
+    async fn open(
+        &self,
+        place: &str,
+        offset: u64,
+        size: FileSize,
+    ) -> Result<Option<FilePart>, Error>;
 
     /// Forgets what may have gone bad while nobody looked, such as idle connections.
     fn renew(&self) {}
@@ -54,6 +68,11 @@ pub trait CacheFiles: Send + Sync + 'static {
 
     /// Returns how many questions are sensibly asked at once.
     fn questions_max(&self) -> usize;
+
+    /// Tells whether many small files share one connection, as far as what answers has shown.
+    fn shares_connections(&self) -> bool {
+        false
+    }
 }
 
 /// The first answer of a cache.

@@ -17,7 +17,7 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use super::Error;
-use super::cache_files::{CacheFiles, FilePart, Greeting};
+use super::cache_files::{CacheFiles, FilePart, FileSize, Greeting};
 
 /// A folder that is a binary cache.
 #[derive(Clone)]
@@ -110,7 +110,12 @@ impl CacheFiles for CacheFolder {
         Ok(url.to_owned())
     }
 
-    async fn open(&self, place: &str, offset: u64) -> Result<Option<FilePart>, Error> {
+    async fn open(
+        &self,
+        place: &str,
+        offset: u64,
+        _size: FileSize,
+    ) -> Result<Option<FilePart>, Error> {
         let path = self.root.join(place);
         let open = move || {
             let Some(mut file) = open(&path)? else {

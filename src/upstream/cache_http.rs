@@ -10,6 +10,7 @@
 //!
 //! Source: `HttpBinaryCacheStore` in `libstore/http-binary-cache-store.cc`; there 401 counts as missing, too.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -19,10 +20,11 @@ use futures_util::StreamExt as _;
 use hyper::{StatusCode, Uri};
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout};
+use tracing::debug;
 
 use super::Error;
 use super::backoff::Backoff;
-use super::cache_files::{CacheFiles, FilePart, FileStream, Greeting, PAUSE_MAX, whole};
+use super::cache_files::{CacheFiles, FilePart, FileSize, FileStream, Greeting, PAUSE_MAX, whole};
 use super::http_client::{Got, HttpClient, HttpOptions, Peer};
 use crate::codec::decompress::{DecodeError, Decoder};
 use crate::nix::narinfo::Compression;
@@ -35,6 +37,10 @@ pub struct CacheHttp {
     /// For a small file from question to last byte.
     query_timeout: Duration,
     questions: Semaphore,
+    /// The same where they share one connection.
+    shared_questions: Semaphore,
+    /// Whether the last greeting showed that they do.
+    multiplexed: AtomicBool,
     // Never held over an await.
     rest: Mutex<Rest>,
 }
@@ -46,8 +52,6 @@ struct Rest {
     /// Answers running that blame the server.
     failures: u32,
     backoff: Backoff,
-    /// Whether the first answer showed that many questions share a connection.
-    multiplexed: bool,
 }
 
 impl CacheHttp {
@@ -64,6 +68,8 @@ impl CacheHttp {
             decoder,
             query_timeout,
             questions: Semaphore::new(QUESTIONS_MAX),
+            shared_questions: Semaphore::new(QUESTIONS_MULTIPLEXED_MAX),
+            multiplexed: AtomicBool::new(false),
             rest: Mutex::default(),
         }
     }
@@ -73,7 +79,10 @@ impl CacheHttp {
         let uri = self.client.cache().file(name);
         let uri = uri.map_err(|e| Error::Unsupported(e.to_string().into()))?;
         let answer = async {
-            let _permit = self.questions.acquire().await;
+            let _permit = match self.shares_connections() {
+                true => self.shared_questions.acquire().await,
+                false => self.questions.acquire().await,
+            };
             let got = self.client.ask(uri).await?;
             if !self.is_there(&got)? {
                 return Ok(None);
@@ -107,10 +116,7 @@ impl CacheHttp {
         }
         let mut rest = self.rest();
         if rest.until.is_none_or(|until| until <= Instant::now()) {
-            *rest = Rest {
-                multiplexed: rest.multiplexed,
-                ..Rest::default()
-            };
+            *rest = Rest::default();
         }
         match status {
             StatusCode::OK | StatusCode::PARTIAL_CONTENT => Ok(true),
@@ -158,15 +164,29 @@ impl CacheHttp {
 #[async_trait]
 impl CacheFiles for CacheHttp {
     async fn greet(&self) -> Result<Greeting, Error> {
-        let Some((info, peer)) = self.fetch("nix-cache-info", INFO_BYTES_MAX).await? else {
+        self.client.share_connections(false);
+        let Some((mut info, mut peer)) = self.fetch(INFO, INFO_BYTES_MAX).await? else {
             let cause = "it does not appear to be a binary cache: there is no nix-cache-info, or it may not be read";
             return Err(Error::Remote(cause.into()));
         };
         self.client.note_offers(peer.offers);
-        if peer.multiplexed && !std::mem::replace(&mut self.rest().multiplexed, true) {
-            self.questions
-                .add_permits(QUESTIONS_MULTIPLEXED_MAX - QUESTIONS_MAX);
+        if peer.offers.h2c && !peer.multiplexed {
+            // A proxy may have passed the offer on, and know nothing of it.
+            self.client.share_connections(true);
+            // The first small NAR finds its connection open.
+            let nars = self.client.cache().file(INFO).ok();
+            let nars = async { Some(self.client.transfer(nars?, 0, FileSize::Small).await) };
+            let (again, _) = tokio::join!(self.fetch(INFO, INFO_BYTES_MAX), nars);
+            match again {
+                Ok(Some(again)) if again.1.multiplexed => (info, peer) = again,
+                refused => {
+                    self.client.share_connections(false);
+                    let error = refused.err();
+                    debug!(?error, "HTTP/2 is offered and cannot be had");
+                }
+            }
         }
+        self.multiplexed.store(peer.multiplexed, Ordering::Relaxed);
         let version = if peer.multiplexed {
             "HTTP/2"
         } else {
@@ -192,11 +212,16 @@ impl CacheFiles for CacheHttp {
         found.map(|uri| uri.to_string()).map_err(refused)
     }
 
-    async fn open(&self, place: &str, offset: u64) -> Result<Option<FilePart>, Error> {
+    async fn open(
+        &self,
+        place: &str,
+        offset: u64,
+        size: FileSize,
+    ) -> Result<Option<FilePart>, Error> {
         self.check_rest()?;
         let malformed = |_| Error::Unsupported("the address of a NAR cannot be sent".into());
         let uri: Uri = place.parse().map_err(malformed)?;
-        let got = self.client.transfer(uri, offset).await?;
+        let got = self.client.transfer(uri, offset, size).await?;
         if !self.is_there(&got)? {
             return Ok(None);
         }
@@ -224,10 +249,14 @@ impl CacheFiles for CacheHttp {
     }
 
     fn questions_max(&self) -> usize {
-        match self.rest().multiplexed {
+        match self.shares_connections() {
             true => QUESTIONS_MULTIPLEXED_MAX,
             false => QUESTIONS_MAX,
         }
+    }
+
+    fn shares_connections(&self) -> bool {
+        self.multiplexed.load(Ordering::Relaxed)
     }
 }
 
@@ -247,6 +276,7 @@ const QUESTIONS_MAX: usize = 25;
 /// The same where they share one connection; servers allow 100 to 128 streams.
 const QUESTIONS_MULTIPLEXED_MAX: usize = 100;
 
+const INFO: &str = "nix-cache-info";
 const INFO_BYTES_MAX: usize = 64 << 10;
 
 /// One 500 may be about one path; three running are about the server.

@@ -1,4 +1,4 @@
-//! How a binary cache is spoken to: GET over HTTP/1.1, over HTTP/2 where TLS agrees on it.
+//! How a binary cache is spoken to: GET over HTTP/1.1, over HTTP/2 where TLS agrees on it or a muster offers it.
 //!
 //! Small files and NARs have connections of their own, so that no NAR delays a question. Each phase has its
 //! bound: connecting (TLS included), the head of an answer with all redirects, silence and slow drip in a body.
@@ -6,6 +6,7 @@
 //! scheme, host and port alone. This file knows nothing of what the files hold.
 
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -23,6 +24,7 @@ use rustls::ClientConfig;
 use tokio::time::timeout;
 
 use super::Error;
+use super::cache_files::FileSize;
 use super::http_credentials::Credentials;
 use super::http_drip::Drip;
 use super::http_pools::{Clients, Connector, NoBody};
@@ -38,6 +40,8 @@ pub struct HttpClient {
     options: HttpOptions,
     // What the cache offered when it was last greeted; never held over an await.
     offers: Mutex<Offers>,
+    /// Whether it is spoken to over HTTP/2 without TLS.
+    shares: AtomicBool,
 }
 
 /// What a cache lets us do, and where it may send us.
@@ -96,18 +100,28 @@ pub struct Offers {
     pub own_store: bool,
     /// To tell whole closures of it.
     pub closure: bool,
+    /// To be spoken to over HTTP/2 without TLS.
+    pub h2c: bool,
 }
 
 impl Offers {
-    /// Reads the list; words that are not known mean nothing, and without the first the others mean nothing.
+    /// Reads the list; words that are not known mean nothing, and without a store of its own there are no closures.
     pub fn parse(list: &str) -> Self {
         let has = |word| list.split(',').any(|offer| offer.trim() == word);
         let own_store = has(OWN_STORE);
         Self {
             own_store,
             closure: own_store && has(CLOSURE),
+            h2c: has(H2C),
         }
     }
+}
+
+/// What is asked for, as far as it matters to the connection.
+#[derive(Clone, Copy)]
+enum Load {
+    Question,
+    Nar(FileSize),
 }
 
 impl HttpClient {
@@ -126,7 +140,13 @@ impl HttpClient {
             access,
             options,
             offers: Mutex::default(),
+            shares: AtomicBool::new(false),
         }
+    }
+
+    /// Has questions and small NARs of the cache share connections, over HTTP/2 without TLS, or not any more.
+    pub fn share_connections(&self, shares: bool) {
+        self.shares.store(shares, Ordering::Relaxed);
     }
 
     /// Has the cache asked for its own store alone from now on, or for all that it has.
@@ -153,14 +173,14 @@ impl HttpClient {
 
     /// Asks for a small file. Dropping the future gives the question up.
     pub async fn ask(&self, uri: Uri) -> Result<Got, Error> {
-        self.get(&self.clients().questions, uri, None).await
+        self.get(Load::Question, uri, None).await
     }
 
     /// Asks for a NAR, from this byte on. Dropping the future or the body ends the transfer.
-    pub async fn transfer(&self, uri: Uri, offset: u64) -> Result<Got, Error> {
+    pub async fn transfer(&self, uri: Uri, offset: u64, size: FileSize) -> Result<Got, Error> {
         let range = (offset > 0).then(|| format!("bytes={offset}-"));
         let range = range.and_then(|range| HeaderValue::try_from(range).ok());
-        self.get(&self.clients().nars, uri, range).await
+        self.get(Load::Nar(size), uri, range).await
     }
 
     /// Lets go of all connections: those of before a sleep are dead, and would be asked one after the other.
@@ -178,14 +198,9 @@ impl HttpClient {
         self.clients.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn get(
-        &self,
-        client: &Client<Connector, NoBody>,
-        uri: Uri,
-        range: Option<HeaderValue>,
-    ) -> Result<Got, Error> {
+    async fn get(&self, load: Load, uri: Uri, range: Option<HeaderValue>) -> Result<Got, Error> {
         let after = self.options.head_timeout;
-        let followed = self.follow(client, uri, range);
+        let followed = self.follow(load, uri, range);
         timeout(after, followed)
             .await
             .unwrap_or(Err(Error::TimedOut {
@@ -196,12 +211,13 @@ impl HttpClient {
 
     async fn follow(
         &self,
-        client: &Client<Connector, NoBody>,
+        load: Load,
         mut uri: Uri,
         range: Option<HeaderValue>,
     ) -> Result<Got, Error> {
         for _ in 0..=REDIRECTS_MAX {
-            let response = self.once(client, &uri, range.clone()).await?;
+            let client = self.client(load, &uri);
+            let response = self.once(&client, &uri, range.clone()).await?;
             if !is_redirect(response.status()) {
                 let (head, body) = response.into_parts();
                 return Ok(Got {
@@ -218,6 +234,23 @@ impl HttpClient {
         }
         let cause = format!("more than {REDIRECTS_MAX} redirects");
         Err(Error::Remote(cause.into()))
+    }
+
+    /// Chooses the connections for a request.
+    fn client(&self, load: Load, uri: &Uri) -> Client<Connector, NoBody> {
+        let shares = self.shares.load(Ordering::Relaxed) && self.cache.is_home_of(uri);
+        let Clients {
+            questions,
+            nars,
+            shared_questions,
+            shared_nars,
+        } = self.clients();
+        match load {
+            Load::Question if shares => shared_questions,
+            Load::Question => questions,
+            Load::Nar(FileSize::Small) if shares => shared_nars,
+            Load::Nar(_) => nars,
+        }
     }
 
     /// Asks at one address; once more where the connection went, as a server closes idle ones just when one is used.
@@ -376,6 +409,7 @@ const OFFERS: HeaderName = HeaderName::from_static("muster-offers");
 const SCOPE: HeaderName = HeaderName::from_static("muster-scope");
 const OWN_STORE: &str = "own-store";
 const CLOSURE: &str = "closure";
+const H2C: &str = "h2c";
 
 /// What browsers and curl allow.
 const REDIRECTS_MAX: usize = 5;

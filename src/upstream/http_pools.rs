@@ -1,4 +1,8 @@
 //! The connections to one cache: questions and NARs in pools of their own, connecting bounded as a whole.
+//!
+//! A muster that speaks HTTP/2 without TLS is asked all questions over one connection and for all small NARs over
+//! another one. Large NARs have a connection each, as everywhere: a lost packet holds up one of them alone, and the
+//! other side's kernel sends its files.
 
 use std::convert::Infallible;
 use std::pin::Pin;
@@ -24,12 +28,16 @@ use super::http_client::HttpOptions;
 pub(super) struct Clients {
     pub(super) questions: Client<Connector, NoBody>,
     pub(super) nars: Client<Connector, NoBody>,
+    /// The same over HTTP/2 without TLS.
+    pub(super) shared_questions: Client<Connector, NoBody>,
+    /// The same for small ones.
+    pub(super) shared_nars: Client<Connector, NoBody>,
 }
 
 impl Clients {
     /// Makes empty pools.
     pub(super) fn new(tls: &ClientConfig, options: &HttpOptions) -> Self {
-        let client = || {
+        let client = |http2_only: bool| {
             let mut tcp = HttpConnector::new();
             tcp.enforce_http(false);
             tcp.set_nodelay(true);
@@ -43,10 +51,12 @@ impl Clients {
             Client::builder(TokioExecutor::new())
                 .timer(TokioTimer::new())
                 .pool_timer(TokioTimer::new())
-                .pool_idle_timeout(options.idle_timeout)
+                // A shared one is kept until the other side ends it: there are two.
+                .pool_idle_timeout((!http2_only).then_some(options.idle_timeout))
                 .pool_max_idle_per_host(options.idle_max)
                 .http1_max_headers(HEADERS_MAX)
                 .http1_max_buf_size(BUFFER_BYTES)
+                .http2_only(http2_only)
                 .http2_initial_stream_window_size(STREAM_WINDOW_BYTES)
                 .http2_initial_connection_window_size(CONNECTION_WINDOW_BYTES)
                 .http2_keep_alive_interval(H2_PING)
@@ -57,8 +67,10 @@ impl Clients {
                 })
         };
         Self {
-            questions: client(),
-            nars: client(),
+            questions: client(false),
+            nars: client(false),
+            shared_questions: client(true),
+            shared_nars: client(true),
         }
     }
 }

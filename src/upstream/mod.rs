@@ -173,6 +173,11 @@ pub trait Upstream: Send + Sync + 'static {
         None
     }
 
+    /// Tells whether many small NARs come over one connection, so that as many as are wanted may be asked for at once.
+    fn shares_connections(&self) -> bool {
+        false
+    }
+
     /// Keeps a path from that store's garbage collection for a while; `false`: it is gone.
     async fn keep(&self, path: &StorePath) -> Result<bool, Error>;
 

@@ -175,8 +175,11 @@ impl Machine {
 
     /// Kills every process whose name starts so and waits until they are gone.
     pub fn kill(&self, name: &str) {
-        self.signal(name, Signal::KILL);
-        let gone = eventually(5.0, || self.processes(name).is_empty());
+        // One that was just forked is not seen the first time.
+        let gone = eventually(5.0, || {
+            self.signal(name, Signal::KILL);
+            self.processes(name).is_empty()
+        });
         assert!(gone, "{}: {name} does not die", self.name);
     }
 

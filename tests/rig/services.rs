@@ -68,6 +68,12 @@ impl Machine {
         self
     }
 
+    /// What sshd says of its clients, for the messages of tests.
+    pub fn sshd_log(&self) -> String {
+        let services = self.services.lock().expect("no panic under this lock");
+        services.sshd.as_ref().map(Process::err).unwrap_or_default()
+    }
+
     /// Starts sshd with more lines in its configuration, such as `ForceCommand`.
     pub fn sshd_with(&self, lines: &str) -> &Self {
         self.services

@@ -68,6 +68,8 @@ pub struct Scripted {
     pub vouches: AtomicBool,
     /// Whether its NARs are said to be right chunk by chunk.
     pub proves: AtomicBool,
+    /// How often it still lets nobody in for a NAR, though it answers questions.
+    pub refusals: AtomicUsize,
     /// NARs that it gives at the same time.
     pub nars_max: Mutex<Option<Arc<Semaphore>>>,
     /// Time before any answer.
@@ -96,6 +98,7 @@ impl Scripted {
             nar_script: Mutex::default(),
             vouches: AtomicBool::new(false),
             proves: AtomicBool::new(false),
+            refusals: AtomicUsize::new(0),
             nars_max: Mutex::default(),
             delay: Mutex::default(),
             silent: Mutex::default(),
@@ -188,6 +191,11 @@ impl Upstream for Scripted {
     async fn nar(&self, info: &PathInfo) -> Result<Option<NarStream>, Error> {
         self.nars.fetch_add(1, Ordering::Relaxed);
         self.answer().await?;
+        let fewer = |left: usize| left.checked_sub(1);
+        let (set, got) = (Ordering::Relaxed, Ordering::Relaxed);
+        if self.refusals.fetch_update(set, got, fewer).is_ok() {
+            return Err(Error::Down("Connection closed by it port 22".into()));
+        }
         let known = self.paths.lock().unwrap().get(&info.path.hash()).cloned();
         let Some((_, nar)) = known else {
             return Ok(None);
@@ -337,6 +345,7 @@ pub fn options() -> substituter::Options {
             whole_kib_max: 64 << 10,
             stall: Duration::from_millis(200),
             stall_last: Duration::from_millis(600),
+            refusal: Duration::from_millis(1600),
             encoder: EncoderOptions::default(),
         },
         prefetch: Some(closure::Options::default()),
@@ -388,6 +397,7 @@ pub fn server_options() -> server::Options {
     server::Options {
         connections_max: 64,
         idle: Duration::from_secs(30),
+        shared_idle: Duration::from_secs(30),
         write_stall: Duration::from_secs(30),
         stop: Duration::from_secs(5),
     }
