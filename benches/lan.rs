@@ -11,7 +11,7 @@
 //! Machines are the rig's: containers on one bridge. Whatever is compared is taken in turn, forth and back,
 //! and a ratio is the median over pairs that ran one after the other, so that other load on the machine
 //! falls on both. Muster is started anew for every single time, connected (asked of `/healthz`) and left
-//! alone for a second, except where the figure is about the start.
+//! alone for two seconds, as in benches/wan.rs, except where the figure is about the start.
 
 #[path = "../tests/rig/mod.rs"]
 mod rig;
@@ -269,7 +269,8 @@ impl Scene {
         self.await_well(&mut muster, well);
         match via {
             Via::Silent => thread::sleep(Duration::from_secs(6)),
-            _ => thread::sleep(Duration::from_secs(1)),
+            // Sessions for NARs log in, too, each with some 100 ms of CPU on both sides.
+            _ => thread::sleep(Duration::from_secs(2)),
         }
         let (url, key) = (muster.url(), muster.key());
         (Some(muster), url, key)

@@ -41,7 +41,7 @@ fn wan() {
             for via in in_turn(Via::ALL, round) {
                 scene.closure(client, via, &mut figures);
             }
-            for via in [Via::Nginx, Via::Muster, Via::Peers, Via::PeersNear] {
+            for via in in_turn(Via::MISSING, round) {
                 scene.misses(client, via, &mut figures);
             }
             if options.large_mib > 0 {
@@ -121,6 +121,8 @@ enum Via {
     Peers,
     /// The same without the line: the LAN's figure.
     PeersNear,
+    /// The builders run muster, and each path is asked for: what none of them has is not known from catalogs.
+    PeersNoCatalog,
 }
 
 impl Via {
@@ -135,6 +137,15 @@ impl Via {
         Self::Nothing,
     ];
 
+    /// The roads on which paths are asked for that nobody has.
+    const MISSING: [Self; 5] = [
+        Self::Nginx,
+        Self::Muster,
+        Self::Peers,
+        Self::PeersNear,
+        Self::PeersNoCatalog,
+    ];
+
     fn name(self) -> &'static str {
         match self {
             Self::Nginx => NGINX,
@@ -145,13 +156,14 @@ impl Via {
             Self::Nothing => "muster, nothing ahead",
             Self::Peers => PEERS,
             Self::PeersNear => PEERS_NEAR,
+            Self::PeersNoCatalog => PEERS_NO_CATALOG,
         }
     }
 
     /// The port of the builders' musters: behind the line, or their own.
     fn peers(self) -> Option<u16> {
         match self {
-            Self::Peers => Some(5000),
+            Self::Peers | Self::PeersNoCatalog => Some(5000),
             Self::PeersNear => Some(PEER_PORT),
             _ => None,
         }
@@ -163,6 +175,7 @@ impl Via {
             Self::NoNars => "prefetch-nars = 0",
             Self::Levels => "prefetch-nars = 0\nprefetch-closure = false",
             Self::Nothing => "prefetch = false",
+            Self::PeersNoCatalog => "catalog = false\n",
         }
     }
 }
@@ -184,6 +197,7 @@ const NGINX_NEAR: &str = "nginx, no line";
 const MUSTER: &str = "muster";
 const PEERS: &str = "muster, builders run muster";
 const PEERS_NEAR: &str = "muster, builders run muster, no line";
+const PEERS_NO_CATALOG: &str = "muster, builders run muster, no catalog";
 
 /// What a road needs while it is taken.
 struct Road<'a> {
@@ -443,6 +457,7 @@ impl Scene {
             figures.set_goal(CLOSURE, client, PEERS, Goal::AtMost(0.6));
             figures.set_goal(MISSES, client, MUSTER, Goal::AtMost(0.6));
             figures.set_goal(MISSES, client, PEERS, Goal::Times(1.2, PEERS_NEAR));
+            figures.set_goal(MISSES, client, PEERS_NO_CATALOG, Goal::Beside(PEERS));
             figures.set_goal(LARGE, client, MUSTER, Goal::Times(1.1, CAT));
             figures.set_goal(LARGE, client, PEERS, Goal::Times(1.0, NGINX));
             figures.set_goal(LARGE_WIDE, client, PEERS, Goal::Beside(NGINX));

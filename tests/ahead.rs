@@ -132,7 +132,9 @@ async fn what_nobody_claims_is_dropped_and_asked_for_anew() {
     assert_eq!(counters.nar_ahead_dropped.value(), 9);
     let (info, expected) = &paths[3];
     assert_eq!(nar(&substituter, info).await.unwrap(), expected);
-    assert_eq!(upstream.nars.load(Ordering::Relaxed), 11);
+    // Out of memory only: what was pulled is on disk, where there is a cache.
+    let anew = usize::from(!keeps());
+    assert_eq!(upstream.nars.load(Ordering::Relaxed), 10 + anew);
 }
 
 #[tokio::test(start_paused = true)]
@@ -194,20 +196,21 @@ async fn wrong_bytes_are_never_given() {
         NarScript::BreakAt(500),
         NarScript::Gone,
     ] {
-        let paths = chain(5, 1000);
+        let paths = chain(10, 1000);
+        let (later, first) = paths.split_at(5);
         let (upstream, substituter) = over(&paths, pulling());
-        look(&substituter, &paths).await;
-        assert!(nar(&substituter, &paths[4].0).await.is_some());
+        look(&substituter, first).await;
+        assert!(nar(&substituter, &first[4].0).await.is_some());
         let counters = substituter.counters();
         until("pulled", || counters.nar_ahead.value(), 4).await;
         sleep(Duration::from_secs(31)).await;
 
         // Those that are pulled now are wrong; another holder would give them rightly.
         *upstream.nar_script.lock().unwrap() = script.clone();
-        look(&substituter, &paths).await;
-        assert_eq!(nar(&substituter, &paths[4].0).await, None, "{script:?}");
+        look(&substituter, later).await;
+        assert_eq!(nar(&substituter, &later[4].0).await, None, "{script:?}");
         sleep(Duration::from_secs(1)).await;
-        for (info, _) in &paths[..4] {
+        for (info, _) in &later[..4] {
             assert_eq!(nar(&substituter, info).await, None, "{script:?}");
         }
         assert_eq!(counters.nar_ahead_claimed.value(), 0);

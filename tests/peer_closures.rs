@@ -22,7 +22,7 @@ use muster::upstream::cache_http::CacheHttp;
 use muster::upstream::http_client::{Access, HttpClient, HttpOptions};
 use muster::upstream::http_tls::tls;
 use muster::upstream::http_url::CacheUrl;
-use muster::upstream::peer_closures::PeerClosureOptions;
+use muster::upstream::peer_closures::{BYTES_MAX, PeerClosureOptions};
 use muster::upstream::{Link, Upstream};
 use support::{Scripted, get, options, path, request, serve, setup};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -270,6 +270,52 @@ async fn a_muster_tells_closures_of_its_own_store_and_to_musters_alone() {
     let (status, texts) = told(&paths[0]).await;
     assert_eq!(status, 200);
     assert_eq!(texts, Err(closure_wire::ClosureError::Cut));
+}
+
+/// Paths in a row, then what each of them refers to: with names as long as they can be, 930 KB of narinfo each.
+fn wide_row(count: usize) -> Vec<Path> {
+    let leaf = |number| {
+        let (mut info, nar) = path(number, 10, &[]);
+        let name = format!("{}-{number:0211}", info.path.hash());
+        info.path = name.parse().unwrap();
+        (info, nar)
+    };
+    let mut paths: Vec<Path> = (0..3_800).map(leaf).collect();
+    let leaves: Vec<_> = paths.iter().map(|(info, _)| info.path.clone()).collect();
+    for number in 10_000..10_000 + count {
+        let below = paths.last().map(|(info, _)| info.path.clone());
+        let mut made = path(u32::try_from(number).unwrap(), 10, &[]);
+        made.0.references = leaves.iter().cloned().chain(below).collect();
+        made.0.normalize();
+        paths.push(made);
+    }
+    paths.reverse();
+    paths
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_more_of_a_closure_is_told_than_is_read() {
+    let paths = wide_row(38);
+    let (served, store, _) = peer(&paths).await;
+    let scope = "Muster-Scope: own-store\r\n";
+    let told = async |(info, _): &Path| {
+        let target = format!("/muster/closure/{}", info.path.hash());
+        let before = store.batches.load(Ordering::Relaxed);
+        let answer = request(served.address, "GET", &target, scope).await;
+        assert_eq!(answer.status, 200);
+        let asked = store.batches.load(Ordering::Relaxed) - before;
+        let body = Bytes::from(answer.body);
+        let texts = closure_wire::read(body.clone(), 10_000);
+        (body.len(), texts.map(|texts| texts.len()), asked)
+    };
+    // Each path of the row is asked for behind the one before: 50 times for all.
+    let (bytes, texts, asked) = told(&paths[0]).await;
+    assert_eq!(texts, Err(closure_wire::ClosureError::Cut));
+    assert!((30 << 20..=BYTES_MAX).contains(&bytes), "{bytes}");
+    assert!(asked < 50, "{asked}");
+    let (bytes, texts, _) = told(&paths[10]).await;
+    assert_eq!(texts, Ok(28 + 3_800));
+    assert!((25 << 20..BYTES_MAX).contains(&bytes), "{bytes}");
 }
 
 /// What a muster that is none answers when it is asked for a closure.

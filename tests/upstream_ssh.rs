@@ -243,6 +243,32 @@ async fn silence_is_noticed_within_seconds() {
     up(&upstream).await;
 }
 
+/// Sooner than ssh's own keep-alives, which take one to two seconds.
+#[tokio::test]
+async fn a_look_up_waits_little_more_than_a_second_for_a_builder_that_turned_silent() {
+    let builder = Builder::new();
+    let path = builder.add("file", b"content");
+    let sshd = builder.sshd("");
+    let upstream = builder.over_ssh(builder.target(sshd.port), quick());
+    // At whatever time within ssh's second it falls silent.
+    for pause_ms in [0, 300, 600] {
+        up(&upstream).await;
+        sleep(Duration::from_millis(pause_ms)).await;
+        assert!(has(&upstream, &path).await);
+        let sessions = sshd.sessions();
+        sessions.iter().for_each(|pid| signal(*pid, Signal::STOP));
+        let begun = Instant::now();
+        let answer = upstream.path_info(path.hash()).await;
+        let took = begun.elapsed();
+        assert!(answer.is_err(), "{answer:?}");
+        assert!(took < Duration::from_millis(1350), "{took:?}");
+        // Heard again in time, it is the same connection; else there is another.
+        sessions.iter().for_each(|pid| signal(*pid, Signal::CONT));
+    }
+    up(&upstream).await;
+    assert!(has(&upstream, &path).await);
+}
+
 #[tokio::test]
 async fn a_builder_that_comes_back_is_found_again() {
     let builder = Builder::new();

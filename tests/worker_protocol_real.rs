@@ -81,6 +81,8 @@ async fn every_question_is_answered() {
     );
     let both = Request::QueryValidPaths(vec![missing.clone(), there.clone()]);
     assert_eq!(ask(both).await, Reply::Paths(vec![there.clone()]));
+    let none = Request::QueryValidPaths(vec![]);
+    assert_eq!(ask(none).await, Reply::Paths(vec![]));
     assert_eq!(ask(Request::SetOptions { verbosity: 0 }).await, Reply::Done);
     assert_eq!(ask(Request::AddTempRoot(there.clone())).await, Reply::Done);
     let id = format!("sha256:{}!out", "0".repeat(64)).parse().unwrap();

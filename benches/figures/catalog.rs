@@ -2,7 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use crate::figures::{CATALOG_ADDED, CATALOG_MEMORY, Figures, Goal, Unit};
+use serde_json::Value;
+
+use crate::figures::{CATALOG_ADDED, CATALOG_GONE, CATALOG_MEMORY, Figures, Goal, Unit};
 use crate::rig::muster::narinfo_target;
 use crate::rig::{Machine, Muster};
 
@@ -32,8 +34,24 @@ pub fn measure(b: &Machine, paths: usize, figures: &mut Figures) {
     let added: Vec<&str> = added.lines().collect();
     let after = probe(&added, |path| fed.get(&narinfo_target(path)).status == 200);
     figures.add(CATALOG_ADDED, "", &via, Unit::Milliseconds, after);
+
+    // The last ones, which nobody has asked for: what is served is kept from deletion.
+    std::thread::sleep(SETTLED);
+    let mut left = known(&mut fed).expect("it was fed");
+    for path in added.iter().rev().take(DELETIONS) {
+        b.run(&format!("nix-store --delete {path}")).ok();
+        left -= 1;
+        let begun = Instant::now();
+        while known(&mut fed) != Some(left) {
+            assert!(begun.elapsed() < PATIENCE, "{path} is gone and not missed");
+            std::thread::sleep(BETWEEN / 5);
+        }
+        let after = begun.elapsed().as_secs_f64() * 1000.0;
+        figures.add(CATALOG_GONE, "", &via, Unit::Milliseconds, after);
+    }
     figures.set_goal(CATALOG_MEMORY, "", &via, Goal::AtMost(40.0));
     figures.set_goal(CATALOG_ADDED, "", &via, Goal::AtMost(1000.0));
+    figures.set_goal(CATALOG_GONE, "", &via, Goal::AtMost(1000.0));
 }
 
 /// The muster that is fed, or asks for each path.
@@ -60,8 +78,18 @@ fn probe(paths: &[&str], mut is_known: impl FnMut(&str) -> bool) -> f64 {
     known.unwrap_or_else(|| panic!("not known after {:?}", begun.elapsed()))
 }
 
+/// How many paths are in the catalog that it is fed; `None` while that is not fresh.
+fn known(fed: &mut Muster<'_>) -> Option<u64> {
+    let health = fed.get("/healthz").text();
+    let health: Value = serde_json::from_str(&health).expect("it answers JSON");
+    health["upstreams"][0]["paths"].as_u64()
+}
+
 /// Paths that are probed, at most 5 s long.
 const PROBES: usize = 100;
+/// Deleted one after the other, as a collection of garbage does.
+const DELETIONS: usize = 8;
+const PATIENCE: Duration = Duration::from_secs(20);
 const BETWEEN: Duration = Duration::from_millis(50);
 /// More than a heartbeat, and than what starting leaves to do.
 const SETTLED: Duration = Duration::from_millis(1500);

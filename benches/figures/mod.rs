@@ -260,7 +260,7 @@ fn sorted(samples: &[f64]) -> Vec<f64> {
 }
 
 /// The panels of what benches/scale.rs measures, and what their numbers count.
-pub const SCALE_CURVES: [(&str, &str); 7] = [
+pub const SCALE_CURVES: [(&str, &str); 8] = [
     (BY_BUILDERS, "builders"),
     (BY_PATHS, "paths in the store"),
     (BY_CLIENTS, "connections"),
@@ -268,6 +268,7 @@ pub const SCALE_CURVES: [(&str, &str); 7] = [
     (BY_ROUND_TRIP, "round trip to the builder, ms"),
     (CATALOG_MEMORY, "paths in the store"),
     (CATALOG_ADDED, "paths in the store"),
+    (CATALOG_GONE, "paths in the store"),
 ];
 
 pub const BY_BUILDERS: &str = "a path that nobody has, CPU a request";
@@ -277,3 +278,4 @@ pub const BY_CLIENTS_P99: &str = "narinfo hit, p99";
 pub const BY_ROUND_TRIP: &str = "closure of 201 paths, cold, real client";
 pub const CATALOG_MEMORY: &str = "catalog of a builder, memory at whom it feeds";
 pub const CATALOG_ADDED: &str = "catalog: an added path is known elsewhere after";
+pub const CATALOG_GONE: &str = "catalog: a deleted path is gone elsewhere after";

@@ -2,7 +2,8 @@
 //!
 //! Answered of the own store alone, which has closures whole; who asks without that scope is told 404, as is who
 //! asks for a path that is not there, or while many are told already: narinfos are had one by one as well. The
-//! format is in `codec::closure_wire`; a store that fails in the middle leaves the answer without its end.
+//! format is in `codec::closure_wire`; a store that fails in the middle leaves the answer without its end, and so
+//! does a closure of more bytes than anybody reads.
 
 use std::sync::Arc;
 
@@ -16,6 +17,7 @@ use super::response::{self, Body};
 use crate::codec::closure_wire;
 use crate::nix::store_path::StorePathHash;
 use crate::substituter::Substituter;
+use crate::upstream::peer_closures::BYTES_MAX;
 
 /// The closures that are told at the moment.
 #[derive(Clone)]
@@ -33,7 +35,7 @@ impl Closures {
         let place = Arc::clone(&self.places).try_acquire_owned().ok()?;
         let told = substituter.own_closure(top).await?;
         let told = told.map(Some).chain(stream::iter([None]));
-        let whole = told.scan((), move |(), narinfos| {
+        let whole = told.scan(closure_wire::begin().len(), move |bytes, narinfos| {
             let _held = &place;
             let piece = match narinfos {
                 None => Some(closure_wire::end()),
@@ -43,7 +45,12 @@ impl Closures {
                     None
                 }
             };
-            std::future::ready(piece)
+            *bytes += piece.as_ref().map_or(0, Bytes::len);
+            let fits = *bytes <= BYTES_MAX;
+            if !fits {
+                debug!(path.hash = %top, "a closure of more than {BYTES_MAX} bytes is not told");
+            }
+            std::future::ready(piece.filter(|_| fits))
         });
         let pieces = stream::iter([closure_wire::begin()]).chain(whole);
         let pieces = pieces.map(Ok::<Bytes, _>).boxed();

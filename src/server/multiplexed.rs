@@ -4,7 +4,8 @@
 //! musters know by the offer `h2c`, see `scope`. Nix does not do so, and its way is as if this were not here.
 //!
 //! Files are read into memory chunk by chunk, as frames cannot be sent past user space. A stream whose client
-//! takes nothing holds a builder as a connection would, so it ends the whole connection after the same time.
+//! takes nothing holds memory and a builder as a connection would, so after the same time no further one is begun,
+//! and the connection is cut when nothing else is left on it.
 
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -27,10 +28,10 @@ use tracing::debug;
 
 use crate::substituter::transfer;
 
+use super::Options;
 use super::handler::Handler;
 use super::listener::{StallGuard, Stream};
 use super::response::Body;
-use super::{HEAD_BYTES_MAX, Options};
 
 /// Serves one connection to its end, which comes after the answers that are under way once its place is wanted,
 /// the server stops, or nothing was asked for a while.
@@ -51,36 +52,37 @@ pub(super) async fn serve(
             if only_head {
                 answer = without_body(answer);
             }
-            Ok::<_, Infallible>(answer.map(|body| Watched { body, turn }))
+            let turn = Arc::new(turn);
+            let rest = Bytes::new();
+            Ok::<_, Infallible>(answer.map(|body| Watched { body, rest, turn }))
         }
     });
     let io = TokioIo::new(StallGuard::new(stream, options.write_stall));
     let connection = http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
         .max_concurrent_streams(STREAMS_MAX)
-        .max_header_list_size(HEAD_BYTES_MAX as u32)
-        .max_send_buf_size(SEND_BYTES_MAX)
+        .max_header_list_size(HEADERS_BYTES_MAX)
+        // Those of a client that gave up many questions at once, while this server was paused, say.
+        .max_pending_accept_reset_streams(STREAMS_MAX as usize)
+        .keep_alive_interval(PING)
+        .keep_alive_timeout(PING)
         .serve_connection(io, service);
     let mut connection = pin!(connection);
-    let mut last = pin!(async {
-        tokio::select! {
-            () = wanted => {}
-            () = turns.idle(options.idle, options.shared_idle) => {}
-            _ = stop.wait_for(|stop| *stop) => {}
-        }
-    });
-    let mut stalled = pin!(turns.stalled(options.write_stall));
-    let mut is_last = false;
-    let ended = loop {
-        tokio::select! {
-            ended = connection.as_mut() => break ended,
-            () = last.as_mut(), if !is_last => {
-                is_last = true;
-                connection.as_mut().graceful_shutdown();
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        () = async {
+            tokio::select! {
+                () = wanted => {}
+                () = turns.idle(options.idle, options.shared_idle) => {}
+                () = turns.stalled(options.write_stall) => {}
+                _ = stop.wait_for(|stop| *stop) => {}
             }
-            () = stalled.as_mut() => {
-                debug!("the client takes no bytes of a stream, its connection is cut");
-                return;
+        } => {
+            connection.as_mut().graceful_shutdown();
+            tokio::select! {
+                ended = connection.as_mut() => ended,
+                // A client may never say that it has heard of the end.
+                () = turns.all_theirs(options.write_stall.min(END_MAX)) => return,
             }
         }
     };
@@ -109,7 +111,7 @@ struct State {
     /// Since when it is the client's; `None`: it is ours.
     open: HashMap<u64, Option<Instant>>,
     next: u64,
-    /// When the last stream ended, or the connection began.
+    /// When a stream ended last, or the connection began.
     quiet_since: Instant,
 }
 
@@ -153,7 +155,8 @@ impl Turns {
             if left.is_zero() {
                 return;
             }
-            sleep(left).await;
+            // The first question may come at any time and change the limit.
+            sleep(left.min(first).min(later)).await;
         }
     }
 
@@ -162,8 +165,20 @@ impl Turns {
         loop {
             sleep(limit / 8).await;
             let state = self.lock();
-            let theirs = state.open.values().flatten();
-            if theirs.into_iter().any(|since| since.elapsed() >= limit) {
+            let mut theirs = state.open.values().flatten();
+            if theirs.any(|since| since.elapsed() >= limit) {
+                return;
+            }
+        }
+    }
+
+    /// Returns when for so long, or somewhat longer, nothing was to be done for any stream.
+    async fn all_theirs(&self, limit: Duration) {
+        loop {
+            sleep(limit / 8).await;
+            let state = self.lock();
+            let waits = |turn: &Option<Instant>| turn.is_some_and(|since| since.elapsed() >= limit);
+            if state.quiet_since.elapsed() >= limit && state.open.values().all(waits) {
                 return;
             }
         }
@@ -188,10 +203,24 @@ impl Drop for Turn {
     }
 }
 
-/// A body that notes whose turn it is: hyper asks for the next frame when the client has room for it.
+/// A body that notes whose turn it is: the client's, as long as bytes of it wait to be sent.
 struct Watched {
     body: Body,
-    turn: Turn,
+    /// Of what the body gave, not handed on yet.
+    rest: Bytes,
+    turn: Arc<Turn>,
+}
+
+/// Bytes on their way. hyper lets go of a body when it has given all, which is before it is sent.
+struct Held {
+    bytes: Bytes,
+    _turn: Arc<Turn>,
+}
+
+impl AsRef<[u8]> for Held {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
 }
 
 impl HttpBody for Watched {
@@ -204,25 +233,47 @@ impl HttpBody for Watched {
     ) -> Poll<Option<Result<Frame<Bytes>, transfer::Error>>> {
         let this = self.get_mut();
         this.turn.pass(None);
-        let frame = ready!(Pin::new(&mut this.body).poll_frame(context));
+        if this.rest.is_empty() {
+            match ready!(Pin::new(&mut this.body).poll_frame(context)) {
+                Some(Ok(frame)) => this.rest = frame.into_data().unwrap_or_default(),
+                end => return Poll::Ready(end),
+            }
+        }
         this.turn.pass(Some(Instant::now()));
-        Poll::Ready(frame)
+        let piece = Held {
+            bytes: this.rest.split_to(this.rest.len().min(PIECE_BYTES)),
+            _turn: Arc::clone(&this.turn),
+        };
+        Poll::Ready(Some(Ok(Frame::data(Bytes::from_owner(piece)))))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.rest.is_empty() && self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        let rest = self.rest.len() as u64;
+        match self.body.size_hint().exact() {
+            Some(left) => SizeHint::with_exact(rest + left),
+            None => SizeHint::default(),
+        }
     }
 }
 
 /// Answers under way at once; a muster asks 100 questions or fetches 200 small NARs.
 const STREAMS_MAX: u32 = 256;
 
-/// Bytes of one stream that wait in memory beside what its client has room for.
-const SEND_BYTES_MAX: usize = 64 << 10;
+/// Bytes of a request's headers, as over HTTP/1.
+const HEADERS_BYTES_MAX: u32 = 64 * 1024;
+
+/// Bytes of one stream that are handed on at once, whatever its client has room for.
+const PIECE_BYTES: usize = 32 << 10;
+
+/// A client that has gone is noticed within twice this.
+const PING: Duration = Duration::from_secs(30);
+
+/// For a client to take what is left, or the end itself, when the connection is to end.
+const END_MAX: Duration = Duration::from_secs(5);
 
 #[cfg(test)]
 mod tests {

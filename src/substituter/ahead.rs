@@ -46,8 +46,9 @@ pub struct Options {
     /// NARs pulled at once for one closure: a round trip's worth of a quick line, and fewer than
     /// make a pool open more sessions.
     pub at_once: usize,
-    /// The same with those that come from where many share one connection.
-    pub shared_at_once: usize,
+    /// KiB pulled at once from where many share one connection: little enough that the NAR that a client waits for
+    /// is not long behind them.
+    pub shared_kib: u32,
     /// Closures pulled at once; further ones are not pulled.
     pub pulls_max: usize,
     /// How long a NAR waits to be claimed, and a pull for room.
@@ -64,7 +65,7 @@ impl Default for Options {
             bytes_max: 64 << 20,
             nar_bytes_max: 1 << 20,
             at_once: 48,
-            shared_at_once: 200,
+            shared_kib: 2 << 10,
             pulls_max: 8,
             ttl: Duration::from_secs(30),
             asked_max: 20_000,
@@ -210,7 +211,8 @@ fn begin(shared: &Arc<Shared>, first: &Arc<PathInfo>) {
     };
     let pull = Pull {
         shared: Arc::clone(shared),
-        alone: Semaphore::new(options.at_once.max(1)),
+        alone: Arc::new(Semaphore::new(options.at_once.max(1))),
+        together: Arc::new(Semaphore::new(options.shared_kib.max(1) as usize)),
         options,
         number,
         queued: Vec::new(),
@@ -231,7 +233,9 @@ struct Pull {
     queued: Vec<StorePathHash>,
     sorting: bool,
     /// Places for those that do not share a connection.
-    alone: Semaphore,
+    alone: Arc<Semaphore>,
+    /// KiB of those that do.
+    together: Arc<Semaphore>,
     /// Whether it counts no more as one that pulls.
     over: bool,
 }
@@ -247,12 +251,12 @@ impl Pull {
         let this = &self;
         // In their order, so that the memory is for those that are wanted first.
         stream::iter(wanted)
-            .map(|info| async move { this.reserve(&info).await.map(|room| (info, room)) })
+            .map(|info| this.prepare(info))
             .buffered(1)
-            .take_while(|reserved| std::future::ready(reserved.is_some()))
-            .filter_map(std::future::ready)
-            .map(|(info, room)| this.pull(info, room))
-            .buffer_unordered(self.options.shared_at_once.max(1))
+            .take_while(|prepared| std::future::ready(prepared.is_some()))
+            .filter_map(|prepared| std::future::ready(prepared.flatten()))
+            .map(|prepared| this.pull(prepared))
+            .buffer_unordered(PULLED_AT_ONCE)
             .for_each(|()| std::future::ready(()))
             .await;
         self.end();
@@ -292,15 +296,9 @@ impl Pull {
         wanted
     }
 
-    /// Waits for room for a NAR; `None`: nobody claims what is there, so it is enough.
-    async fn reserve(&self, info: &PathInfo) -> Option<OwnedSemaphorePermit> {
-        let kib = u32::try_from(info.nar_size.div_ceil(1024).max(1)).unwrap_or(u32::MAX);
-        let room = Arc::clone(&self.shared.ahead.room);
-        let room = timeout(self.options.ttl, room.acquire_many_owned(kib)).await;
-        room.ok()?.ok()
-    }
-
-    async fn pull(&self, info: Arc<PathInfo>, room: OwnedSemaphorePermit) {
+    /// Waits for its turn and for room; `None`: nobody claims what is there, so it is enough, and `Some(None)`: this one
+    /// is not to be had.
+    async fn prepare(&self, info: Arc<PathInfo>) -> Option<Option<Prepared>> {
         let url = NarUrl {
             path_hash: info.path.hash(),
             nar_hash: info.nar_hash,
@@ -308,12 +306,36 @@ impl Pull {
             file_hash: None,
         };
         let Some(source) = Source::locate(&self.shared, &url).await else {
-            return;
+            return Some(None);
         };
-        let _turn = match source.shares_connections() {
-            true => None,
-            false => self.alone.acquire().await.ok(),
+        let kib = u32::try_from(info.nar_size.div_ceil(1024).max(1)).unwrap_or(u32::MAX);
+        let (turns, count) = match source.shares_connections() {
+            true => (
+                &self.together,
+                kib.max(SHARED_KIB_LEAST)
+                    .min(self.options.shared_kib.max(1)),
+            ),
+            false => (&self.alone, 1),
         };
+        let turn = Arc::clone(turns).acquire_many_owned(count).await.ok()?;
+        let room = Arc::clone(&self.shared.ahead.room);
+        let room = timeout(self.options.ttl, room.acquire_many_owned(kib)).await;
+        let room = room.ok()?.ok()?;
+        Some(Some(Prepared {
+            url,
+            source,
+            room,
+            _turn: turn,
+        }))
+    }
+
+    async fn pull(&self, prepared: Prepared) {
+        let Prepared {
+            url,
+            source,
+            room,
+            _turn,
+        } = prepared;
         let (arrived, arrival) = oneshot::channel();
         {
             let mut state = self.shared.ahead.state();
@@ -375,6 +397,15 @@ impl Drop for Pull {
     }
 }
 
+/// A NAR that may be pulled now.
+struct Prepared {
+    url: NarUrl,
+    source: Source,
+    /// Its share of the memory for what is not claimed yet.
+    room: OwnedSemaphorePermit,
+    _turn: OwnedSemaphorePermit,
+}
+
 /// A NAR that was pulled, and its share of the memory for such.
 struct Held {
     bytes: Bytes,
@@ -389,3 +420,9 @@ impl AsRef<[u8]> for Held {
 
 /// Narinfos parsed between two looks at what else there is to do: some 200 µs.
 const PARSED_AT_ONCE: usize = 64;
+
+/// What the smallest NAR counts as where many share one connection: 200 at once.
+const SHARED_KIB_LEAST: u32 = 10;
+
+/// More than have a turn at the same time.
+const PULLED_AT_ONCE: usize = 300;

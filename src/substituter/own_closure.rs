@@ -13,6 +13,7 @@ use crate::cache::memory::Entry;
 use crate::nix::path_info::PathInfo;
 use crate::nix::store_path::{StorePath, StorePathHash};
 use crate::upstream::Error;
+use crate::upstream::peer_closures::PATHS_MAX;
 
 use super::member::{Answer, Member};
 use super::query::{self, Wanted};
@@ -63,6 +64,7 @@ struct Telling {
     shared: Arc<Shared>,
     member: Arc<Member>,
     setup: Arc<Setup>,
+    /// Some 20 bytes each.
     seen: HashSet<StorePathHash>,
     /// Referred to by what was told, and not told yet.
     open: Vec<StorePath>,
@@ -117,6 +119,3 @@ impl Telling {
 
 /// Paths asked for and signed in one go: some 5 ms, then others have their turn.
 const BATCH_MAX: usize = 256;
-
-/// Five times the closure of a desktop; each path that was seen takes some 20 bytes.
-const PATHS_MAX: usize = 100_000;

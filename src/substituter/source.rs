@@ -143,15 +143,22 @@ impl Source {
                 }
             };
             match member.note(opened) {
-                Ok(Some(stream)) => return Some((member, stream)),
+                Ok(Some(stream)) => {
+                    self.refused = None;
+                    return Some((member, stream));
+                }
                 Ok(None) => self.is_gone(&member),
+                Err(error @ upstream::Error::Refused(_)) => {
+                    // Told once, and not with each further try.
+                    match self.refused {
+                        None => self.broke(&member, 0, &error),
+                        Some(_) => debug!(upstream = member.upstream.name(), %error, "no NAR yet"),
+                    }
+                    self.refusing.push(member);
+                }
                 Err(error) => {
                     self.broke(&member, 0, &error);
-                    if matches!(error, upstream::Error::Down(_)) {
-                        self.refusing.push(member);
-                    } else {
-                        self.doubt(&member);
-                    }
+                    self.doubt(&member);
                 }
             }
         }
@@ -162,12 +169,16 @@ impl Source {
     /// An sshd drops logins while there are many at once, or after some that failed, and lets others in a moment later.
     async fn wait_for_refusing(&mut self) -> bool {
         let refusing = std::mem::take(&mut self.refusing);
+        if refusing.is_empty() {
+            return false;
+        }
         let (since, tries) = *self.refused.get_or_insert((Instant::now(), 0));
         let late = since.elapsed() >= self.shared.options.transfer.refusal;
         refusing.iter().for_each(|member| self.doubt(member));
         let well = refusing.into_iter().filter(|m| self.may_give(m));
         let well: Vec<_> = well.collect();
-        if well.is_empty() || late {
+        // One slow answer is better than another try.
+        if well.is_empty() || late || !self.doubtful.is_empty() {
             return false;
         }
         self.refused = Some((since, tries + 1));

@@ -42,6 +42,7 @@ pub struct BinaryCache {
     decoder: Decoder,
     large: Arc<Semaphore>,
     small: Arc<Semaphore>,
+    /// KiB of those that share a connection.
     shared_small: Arc<Semaphore>,
     options: BinaryCacheOptions,
     /// What a muster says of itself without being asked.
@@ -55,8 +56,9 @@ pub struct BinaryCacheOptions {
     pub large_max: usize,
     /// The same for small ones; over HTTP/1 each has a connection.
     pub small_max: usize,
-    /// The same where they share one: a round trip's worth of small paths.
-    pub shared_small_max: usize,
+    /// KiB under way at once where they share one: a round trip's worth of a quick line, and little enough that over a
+    /// slow one each of them still gets something every few seconds.
+    pub shared_small_kib: u32,
     /// For a transfer to get its turn.
     pub turn_timeout: Duration,
     /// Places of NARs that are remembered, some 200 bytes each; a closure has up to 20,000 paths.
@@ -111,9 +113,7 @@ impl BinaryCache {
             decoder,
             large: Arc::new(Semaphore::new(options.large_max.clamp(1, TRANSFERS_MAX))),
             small: Arc::new(Semaphore::new(options.small_max.clamp(1, TRANSFERS_MAX))),
-            shared_small: Arc::new(Semaphore::new(
-                options.shared_small_max.clamp(1, TRANSFERS_MAX),
-            )),
+            shared_small: Arc::new(Semaphore::new(options.shared_small_kib.max(1) as usize)),
             options,
         }
     }
@@ -154,14 +154,20 @@ impl BinaryCache {
 
     /// Waits for this transfer's turn; the permit goes with the stream.
     async fn turn(&self, nar_size: u64) -> Result<tokio::sync::OwnedSemaphorePermit, Error> {
-        let turns = match size_of(nar_size) {
-            FileSize::Small if self.files.shares_connections() => &self.shared_small,
-            FileSize::Small => &self.small,
-            FileSize::Large => &self.large,
+        let kib = u32::try_from(nar_size.div_ceil(1024)).unwrap_or(u32::MAX);
+        let kib_max = self.options.shared_small_kib.max(1);
+        let (turns, count) = match size_of(nar_size) {
+            FileSize::Small if self.files.shares_connections() => (
+                &self.shared_small,
+                kib.clamp(SHARED_KIB_LEAST, kib_max.max(SHARED_KIB_LEAST))
+                    .min(kib_max),
+            ),
+            FileSize::Small => (&self.small, 1),
+            FileSize::Large => (&self.large, 1),
         };
         let after = self.options.turn_timeout;
         let question = "a turn to send a NAR";
-        match timeout(after, Arc::clone(turns).acquire_owned()).await {
+        match timeout(after, Arc::clone(turns).acquire_many_owned(count)).await {
             Ok(permit) => permit.map_err(|_| Error::Down("it is being closed".into())),
             Err(_) => Err(Error::TimedOut { question, after }),
         }
@@ -480,7 +486,7 @@ impl Default for BinaryCacheOptions {
         Self {
             large_max: 8,
             small_max: 25,
-            shared_small_max: 200,
+            shared_small_kib: 4 << 10,
             turn_timeout: Duration::from_secs(60),
             places_max: 50_000,
             log_bytes_max: 64 << 20,
@@ -497,6 +503,9 @@ const CATALOG: &str = "muster/catalog";
 const NARINFO_BYTES_MAX: usize = 1 << 20;
 const SMALL_BYTES_MAX: u64 = 4 << 20;
 const CHUNK_BYTES_MAX: usize = 256 << 10;
+
+/// What the smallest NAR counts as, where they share a connection: 200 at once.
+const SHARED_KIB_LEAST: u32 = 20;
 
 /// Keeps a typing error from the semaphores.
 const TRANSFERS_MAX: usize = 1000;

@@ -26,6 +26,7 @@ use super::Error;
 use super::backoff::Backoff;
 use super::cache_files::{CacheFiles, FilePart, FileSize, FileStream, Greeting, PAUSE_MAX, whole};
 use super::http_client::{Got, HttpClient, HttpOptions, Peer};
+use super::http_url::Scheme;
 use crate::codec::decompress::{DecodeError, Decoder};
 use crate::nix::narinfo::Compression;
 
@@ -52,6 +53,16 @@ struct Rest {
     /// Answers running that blame the server.
     failures: u32,
     backoff: Backoff,
+    /// When it was last seen that connections cannot be shared, though that is offered.
+    refused_sharing: Option<Instant>,
+}
+
+/// What a file is asked for as.
+#[derive(Clone, Copy)]
+enum Kind {
+    Greeting,
+    Question,
+    Bulk,
 }
 
 impl CacheHttp {
@@ -74,16 +85,45 @@ impl CacheHttp {
         }
     }
 
+    /// Tries whether questions and small NARs can share connections, where that is offered.
+    ///
+    /// A proxy may have passed the offer on and know nothing of it; then it is not tried again for a while.
+    async fn shares(&self, peer: &Peer) -> bool {
+        let refused = self.rest().refused_sharing;
+        let lately = refused.is_some_and(|at| at.elapsed() < SHARING_REFUSED);
+        let offered = peer.offers.h2c && self.client.cache().scheme() == Scheme::Http;
+        let info = self.client.cache().file(INFO).ok();
+        let Some(info) = info.filter(|_| offered && !lately) else {
+            self.client.share_no_more();
+            return false;
+        };
+        let shares = self.client.try_sharing(info).await;
+        self.rest().refused_sharing = (!shares).then(Instant::now);
+        if !shares {
+            debug!(cache = %self.client.cache(), "HTTP/2 is offered and cannot be had");
+        }
+        shares
+    }
+
     /// Asks for a small file and reads it, within the bound for both.
-    async fn fetch(&self, name: &str, bytes_max: usize) -> Result<Option<(Bytes, Peer)>, Error> {
+    async fn fetch(
+        &self,
+        kind: Kind,
+        name: &str,
+        bytes_max: usize,
+    ) -> Result<Option<(Bytes, Peer)>, Error> {
         let uri = self.client.cache().file(name);
         let uri = uri.map_err(|e| Error::Unsupported(e.to_string().into()))?;
         let answer = async {
-            let _permit = match self.shares_connections() {
+            let _permit = match self.multiplexed.load(Ordering::Relaxed) {
                 true => self.shared_questions.acquire().await,
                 false => self.questions.acquire().await,
             };
-            let got = self.client.ask(uri).await?;
+            let got = match kind {
+                Kind::Greeting => self.client.greet(uri).await?,
+                Kind::Question => self.client.ask(uri).await?,
+                Kind::Bulk => self.client.transfer(uri, 0, FileSize::Small).await?,
+            };
             if !self.is_there(&got)? {
                 return Ok(None);
             }
@@ -116,7 +156,10 @@ impl CacheHttp {
         }
         let mut rest = self.rest();
         if rest.until.is_none_or(|until| until <= Instant::now()) {
-            *rest = Rest::default();
+            *rest = Rest {
+                refused_sharing: rest.refused_sharing,
+                ..Rest::default()
+            };
         }
         match status {
             StatusCode::OK | StatusCode::PARTIAL_CONTENT => Ok(true),
@@ -164,34 +207,14 @@ impl CacheHttp {
 #[async_trait]
 impl CacheFiles for CacheHttp {
     async fn greet(&self) -> Result<Greeting, Error> {
-        self.client.share_connections(false);
-        let Some((mut info, mut peer)) = self.fetch(INFO, INFO_BYTES_MAX).await? else {
+        let Some((info, peer)) = self.fetch(Kind::Greeting, INFO, INFO_BYTES_MAX).await? else {
             let cause = "it does not appear to be a binary cache: there is no nix-cache-info, or it may not be read";
             return Err(Error::Remote(cause.into()));
         };
         self.client.note_offers(peer.offers);
-        if peer.offers.h2c && !peer.multiplexed {
-            // A proxy may have passed the offer on, and know nothing of it.
-            self.client.share_connections(true);
-            // The first small NAR finds its connection open.
-            let nars = self.client.cache().file(INFO).ok();
-            let nars = async { Some(self.client.transfer(nars?, 0, FileSize::Small).await) };
-            let (again, _) = tokio::join!(self.fetch(INFO, INFO_BYTES_MAX), nars);
-            match again {
-                Ok(Some(again)) if again.1.multiplexed => (info, peer) = again,
-                refused => {
-                    self.client.share_connections(false);
-                    let error = refused.err();
-                    debug!(?error, "HTTP/2 is offered and cannot be had");
-                }
-            }
-        }
-        self.multiplexed.store(peer.multiplexed, Ordering::Relaxed);
-        let version = if peer.multiplexed {
-            "HTTP/2"
-        } else {
-            "HTTP/1.1"
-        };
+        let multiplexed = peer.multiplexed || self.shares(&peer).await;
+        self.multiplexed.store(multiplexed, Ordering::Relaxed);
+        let version = if multiplexed { "HTTP/2" } else { "HTTP/1.1" };
         let peer = match peer.server {
             Some(server) => format!("{server}, {version}"),
             None => version.to_owned(),
@@ -201,7 +224,12 @@ impl CacheFiles for CacheHttp {
 
     async fn read(&self, name: &str, bytes_max: usize) -> Result<Option<Bytes>, Error> {
         self.check_rest()?;
-        let found = self.fetch(name, bytes_max).await?;
+        // Logs and closures do not hold up questions.
+        let kind = match bytes_max > QUESTION_BYTES_MAX {
+            true => Kind::Bulk,
+            false => Kind::Question,
+        };
+        let found = self.fetch(kind, name, bytes_max).await?;
         Ok(found.map(|(text, _)| text))
     }
 
@@ -249,14 +277,14 @@ impl CacheFiles for CacheHttp {
     }
 
     fn questions_max(&self) -> usize {
-        match self.shares_connections() {
+        match self.multiplexed.load(Ordering::Relaxed) {
             true => QUESTIONS_MULTIPLEXED_MAX,
             false => QUESTIONS_MAX,
         }
     }
 
     fn shares_connections(&self) -> bool {
-        self.multiplexed.load(Ordering::Relaxed)
+        self.client.shares_connections()
     }
 }
 
@@ -275,6 +303,12 @@ const QUESTIONS_MAX: usize = 25;
 
 /// The same where they share one connection; servers allow 100 to 128 streams.
 const QUESTIONS_MULTIPLEXED_MAX: usize = 100;
+
+/// Of a question's answer; what may be larger goes where small NARs go.
+const QUESTION_BYTES_MAX: usize = 1 << 20;
+
+/// For which an offer that did not hold is not tried again.
+const SHARING_REFUSED: Duration = Duration::from_secs(600);
 
 const INFO: &str = "nix-cache-info";
 const INFO_BYTES_MAX: usize = 64 << 10;

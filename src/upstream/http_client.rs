@@ -120,6 +120,7 @@ impl Offers {
 /// What is asked for, as far as it matters to the connection.
 #[derive(Clone, Copy)]
 enum Load {
+    Greeting,
     Question,
     Nar(FileSize),
 }
@@ -144,9 +145,42 @@ impl HttpClient {
         }
     }
 
-    /// Has questions and small NARs of the cache share connections, over HTTP/2 without TLS, or not any more.
-    pub fn share_connections(&self, shares: bool) {
+    /// Tries whether questions and small NARs of the cache can share connections, over HTTP/2 without TLS; from
+    /// then on they do, or do not any more.
+    ///
+    /// Both connections are opened by it. Who swallows the question without a word is given two seconds.
+    pub async fn try_sharing(&self, uri: Uri) -> bool {
+        let Clients {
+            shared_questions,
+            shared_nars,
+            ..
+        } = self.clients();
+        let try_one = async |client: Client<Connector, NoBody>| {
+            let answer = timeout(TRIAL, self.once(&client, &uri, None)).await;
+            matches!(answer, Ok(Ok(answer)) if answer.status().is_success())
+        };
+        let (questions, nars) = tokio::join!(try_one(shared_questions), try_one(shared_nars));
+        self.share(questions && nars);
+        questions && nars
+    }
+
+    /// Says whether they share connections.
+    pub fn shares_connections(&self) -> bool {
+        self.shares.load(Ordering::Relaxed)
+    }
+
+    /// Has them share connections no more.
+    pub fn share_no_more(&self) {
+        self.share(false);
+    }
+
+    fn share(&self, shares: bool) {
         self.shares.store(shares, Ordering::Relaxed);
+    }
+
+    /// Asks for a small file over a connection of its own kind, whatever is shared.
+    pub async fn greet(&self, uri: Uri) -> Result<Got, Error> {
+        self.get(Load::Greeting, uri, None).await
     }
 
     /// Has the cache asked for its own store alone from now on, or for all that it has.
@@ -238,7 +272,7 @@ impl HttpClient {
 
     /// Chooses the connections for a request.
     fn client(&self, load: Load, uri: &Uri) -> Client<Connector, NoBody> {
-        let shares = self.shares.load(Ordering::Relaxed) && self.cache.is_home_of(uri);
+        let shares = self.shares_connections() && self.cache.is_home_of(uri);
         let Clients {
             questions,
             nars,
@@ -247,7 +281,7 @@ impl HttpClient {
         } = self.clients();
         match load {
             Load::Question if shares => shared_questions,
-            Load::Question => questions,
+            Load::Question | Load::Greeting => questions,
             Load::Nar(FileSize::Small) if shares => shared_nars,
             Load::Nar(_) => nars,
         }
@@ -410,6 +444,9 @@ const SCOPE: HeaderName = HeaderName::from_static("muster-scope");
 const OWN_STORE: &str = "own-store";
 const CLOSURE: &str = "closure";
 const H2C: &str = "h2c";
+
+/// For a first answer over HTTP/2.
+const TRIAL: Duration = Duration::from_secs(2);
 
 /// What browsers and curl allow.
 const REDIRECTS_MAX: usize = 5;

@@ -60,6 +60,8 @@ impl Clients {
                 .http2_initial_stream_window_size(STREAM_WINDOW_BYTES)
                 .http2_initial_connection_window_size(CONNECTION_WINDOW_BYTES)
                 .http2_keep_alive_interval(H2_PING)
+                // So that the next question finds out at once that a kept one is dead.
+                .http2_keep_alive_while_idle(http2_only)
                 .http2_keep_alive_timeout(options.connect_timeout)
                 .build(Connector {
                     https,

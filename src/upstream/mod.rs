@@ -28,6 +28,7 @@ pub mod memory;
 pub mod peer_closures;
 pub mod pool;
 mod pool_choice;
+pub mod pulse;
 mod realisations;
 pub mod roots;
 pub mod runtime_dir;
@@ -225,6 +226,9 @@ pub enum Error {
     /// There is no connection, and none is about to be made.
     #[error("not connected: {0}")]
     Down(Arc<str>),
+    /// One more connection was refused where another one stands; a moment later it may be had.
+    #[error("refused: {0}")]
+    Refused(Arc<str>),
     /// The connection broke while the question was under way.
     #[error("connection lost: {0}")]
     Lost(Arc<str>),

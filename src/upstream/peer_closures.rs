@@ -126,11 +126,17 @@ fn lie(what: &dyn std::fmt::Display) -> Error {
 impl Default for PeerClosureOptions {
     fn default() -> Self {
         Self {
-            bytes_max: 32 << 20,
-            paths_max: 100_000,
+            bytes_max: BYTES_MAX,
+            paths_max: PATHS_MAX,
         }
     }
 }
+
+/// Bytes of a closure; a muster tells no more than another one takes.
+pub const BYTES_MAX: usize = 32 << 20;
+
+/// Paths of a closure, likewise: five times the closure of a desktop.
+pub const PATHS_MAX: usize = 100_000;
 
 /// Where a muster tells closures.
 const CLOSURE: &str = "muster/closure/";

@@ -258,7 +258,8 @@ impl Shared {
 
     async fn open(&self) -> Result<Arc<Session>, Error> {
         let _login = self.logins.acquire().await;
-        let session = Session::open(&*self.dial, Purpose::Nar, &self.options.session).await?;
+        let session = Session::open(&*self.dial, Purpose::Nar, &self.options.session).await;
+        let session = session.map_err(refused)?;
         debug!(upstream = %self.name, "opened a session for NARs");
         Ok(Arc::new(session))
     }
@@ -281,6 +282,7 @@ impl Shared {
         let open = async move {
             let _login = logins.acquire().await;
             let result = Session::open(&*dial, Purpose::Nar, &options).await;
+            let result = result.map_err(refused);
             if let Some(pool) = pool.upgrade() {
                 pool.end_open(result);
             }
@@ -319,6 +321,14 @@ async fn tend(pool: Weak<Shared>, idle_max: Duration) {
         let stale = pool_choice::stale(&slots.loads(), now, idle_max, WARM);
         slots.remove(stale);
         shared.keep_warm(&mut slots);
+    }
+}
+
+/// Tells a session that cannot be had from a store that is down: whether that is so, its look-ups tell.
+fn refused(error: Error) -> Error {
+    match error {
+        Error::Down(text) => Error::Refused(text),
+        error => error,
     }
 }
 

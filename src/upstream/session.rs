@@ -6,7 +6,7 @@ use futures_util::FutureExt as _;
 use futures_util::stream::BoxStream;
 use tokio::time::{Instant, timeout};
 
-use super::connection::{Connection, ConnectionOptions};
+use super::connection::{Connection, ConnectionOptions, Pending};
 use super::wire::{Dial, Guard, Purpose};
 use super::{Error, NarStream};
 use crate::nix::store_path::StorePath;
@@ -81,6 +81,11 @@ impl Session {
     /// Asks one question, without a bound in time.
     pub async fn ask(&self, request: Request) -> Result<Reply, Error> {
         self.connection.ask(request).await.map_err(elsewhere)
+    }
+
+    /// Asks one question if no other is under way; see [`Connection::ask_when_idle`].
+    pub fn ask_when_idle(&self, request: Request) -> Option<Pending> {
+        self.connection.ask_when_idle(request)
     }
 
     /// Asks many questions, without a bound in time.

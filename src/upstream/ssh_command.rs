@@ -148,7 +148,7 @@ impl Login<'_> {
 /// How soon silence ends a connection. ssh gives up after `interval * (count + 1)` seconds.
 fn keep_alive(purpose: Purpose) -> [&'static str; 2] {
     match purpose {
-        // A client waits for look-ups, so two seconds: no less can be said to ssh.
+        // A client waits for look-ups, so two seconds: no less can be said to ssh. A pulse mostly tells sooner.
         Purpose::Lookup => ["-oServerAliveInterval=1", "-oServerAliveCountMax=1"],
         Purpose::Nar | Purpose::Roots | Purpose::Closures => {
             ["-oServerAliveInterval=5", "-oServerAliveCountMax=3"]

@@ -2,26 +2,27 @@
 //!
 //! ```text
 //! Connecting --opened--> Up --lost--> Connecting      at once, unless it is lost again and again
-//!      \                   \--fell silent--v
+//!      \                   \--fell silent--v--heard again--> Up
 //!       \--failed-----------------------> Down --pause, attempt--> Up
 //!                    \--reconnect()--> Connecting
 //! ```
 //!
 //! Questions wait while the link is connecting and fail at once while it is down. One that was
 //! under way when the connection broke is asked once more on the next, because all questions here
-//! only read. The task that connects is owned and ends with the [`Standing`].
+//! only read. The task that connects (`keeper`) is owned and ends with the [`Standing`].
+
+mod keeper;
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep, timeout};
-use tracing::{debug, info, warn};
+use tokio::time::{Instant, timeout};
 
-use super::backoff::{Backoff, Next};
+use super::pulse::{self, PulseOptions};
 use super::session::{Session, SessionOptions};
-use super::wire::{Dial, Purpose};
+use super::wire::Dial;
 use super::{Error, Link};
 use crate::nix::worker_protocol::reply::Reply;
 use crate::nix::worker_protocol::request::Request;
@@ -45,6 +46,8 @@ pub struct StandingOptions {
     pub batch_timeout: Duration,
     /// For the next connection, when one is lost with questions under way.
     pub retry_within: Duration,
+    /// Of the sign of life that is asked for with questions.
+    pub pulse: PulseOptions,
 }
 
 struct Shared {
@@ -79,6 +82,7 @@ impl Status {
 struct Live {
     session: Arc<Session>,
     number: u64,
+    pulse: pulse::Asking,
 }
 
 impl Standing {
@@ -96,7 +100,7 @@ impl Standing {
             wake: Notify::new(),
             distrust: Notify::new(),
         });
-        let keeper = tokio::spawn(keep(shared.clone()));
+        let keeper = tokio::spawn(keeper::keep(shared.clone()));
         Self { shared, keeper }
     }
 
@@ -175,6 +179,7 @@ impl Standing {
     async fn ask_on(&self, live: &Live, request: Request) -> Result<Reply, Error> {
         let question = request.name();
         let after = self.shared.options.query_timeout;
+        live.pulse.before_question(&live.session);
         let answer = async {
             tokio::select! {
                 biased;
@@ -195,6 +200,7 @@ impl Standing {
             let options = &self.shared.options;
             (options.query_timeout, options.batch_timeout)
         };
+        live.pulse.before_question(&live.session);
         let begun = Instant::now();
         let (mut answered, mut since) = (0, begun);
         let tick = (silence_max / 8).clamp(TICK_MIN, TICK_MAX);
@@ -262,143 +268,6 @@ impl Drop for Standing {
     }
 }
 
-/// The cause that the operator was last warned of, so that it is told once.
-type Told = Option<Arc<str>>;
-
-/// Connects, waits for the loss, and connects again, for ever.
-async fn keep(shared: Arc<Shared>) {
-    let mut backoff = Backoff::default();
-    let mut number = 0;
-    let mut told = None;
-    // Such a store is connected to at each attempt, which is no news.
-    let mut elsewhere = false;
-    loop {
-        let attempt = Session::open(&*shared.dial, Purpose::Lookup, &shared.options.session);
-        let opened = tokio::select! {
-            biased;
-            () = shared.wake.notified() => continue,
-            opened = attempt => opened,
-        };
-        let next = match opened {
-            Ok(session) => {
-                number += 1;
-                let session = Arc::new(session);
-                shared.up(&session, number, elsewhere);
-                let up_at = Instant::now();
-                let cause = shared.loss(&session).await;
-                elsewhere = matches!(cause, Error::StoreDir(_));
-                let next = if elsewhere {
-                    Next::After(backoff.failed(fastrand::f64()))
-                } else {
-                    told = None;
-                    backoff.lost(up_at.elapsed(), fastrand::f64())
-                };
-                shared.lost(&session, cause, next, &mut told).await;
-                next
-            }
-            Err(error) => {
-                let pause = backoff.failed(fastrand::f64());
-                shared.failed(error, pause, &mut told);
-                Next::After(pause)
-            }
-        };
-        if let Next::After(pause) = next {
-            tokio::select! {
-                () = sleep(pause) => {}
-                () = shared.wake.notified() => {}
-            }
-        }
-    }
-}
-
-impl Shared {
-    /// Waits until the connection is over, or found silent while a question waits.
-    async fn loss(&self, session: &Session) -> Error {
-        tokio::select! {
-            // It refuses and closes: the reason goes first.
-            biased;
-            error = session.other_store_dir() => error,
-            error = session.closed() => error,
-            () = self.distrust.notified() => {
-                let after = self.options.query_timeout;
-                Error::Lost(format!("no sign of life for {after:?} while a question waited").into())
-            }
-        }
-    }
-
-    fn up(&self, session: &Arc<Session>, number: u64, elsewhere: bool) {
-        let peer = session.peer();
-        if elsewhere {
-            debug!(upstream = %self.name, %peer, "connected");
-        } else {
-            info!(upstream = %self.name, %peer, "connected");
-        }
-        let session = session.clone();
-        let peer = peer.into();
-        self.change(Status::Up(Live { session, number }), Link::Up { peer });
-    }
-
-    /// Says first that the link is gone, and learns then from the carrier why.
-    async fn lost(&self, session: &Session, cause: Error, next: Next, told: &mut Told) {
-        self.connecting();
-        // What was given up has not ended, and will not say why.
-        let error = match session.is_closed() {
-            true => session.explain(cause).await,
-            false => cause,
-        };
-        match (next, &error) {
-            // Silent, so it will hardly answer a moment later: the attempt is made, and nobody waits for it.
-            (Next::AtOnce, Error::Down(_)) => self.failed(error, Duration::ZERO, told),
-            (Next::AtOnce, _) => {
-                warn!(upstream = %self.name, %error, "connection lost, connecting anew");
-            }
-            (Next::After(pause), _) => self.failed(error, pause, told),
-        }
-    }
-
-    fn connecting(&self) {
-        self.connecting_if(|_| true);
-    }
-
-    /// Goes over to connecting if the present state is such; tells whether it is.
-    fn connecting_if(&self, such: impl Fn(&Link) -> bool) -> bool {
-        let _changing = self.changing.lock();
-        let begins = such(&self.link.borrow());
-        if begins {
-            let since = Instant::now().into_std();
-            self.status.send_replace(Status::Connecting);
-            self.link.send_replace(Link::Connecting { since });
-        }
-        begins
-    }
-
-    fn change(&self, status: Status, link: Link) {
-        let _changing = self.changing.lock();
-        self.status.send_replace(status);
-        self.link.send_replace(link);
-    }
-
-    fn failed(&self, error: Error, retry_after: Duration, told: &mut Told) {
-        let text: Arc<str> = match &error {
-            Error::Down(text) | Error::Lost(text) => text.clone(),
-            error => error.to_string().into(),
-        };
-        if told.as_ref() == Some(&text) {
-            debug!(upstream = %self.name, error = %text, ?retry_after, "still down");
-        } else {
-            warn!(upstream = %self.name, error = %text, "down, trying again in the background");
-            *told = Some(text.clone());
-        }
-        let status = match error {
-            // What must be changed by hand is told as it is.
-            Error::StoreDir(_) | Error::Protocol(_) => error,
-            _ => Error::Down(text.clone()),
-        };
-        let error = text;
-        self.change(Status::Down(status), Link::Down { error, retry_after });
-    }
-}
-
 impl Default for StandingOptions {
     fn default() -> Self {
         Self {
@@ -406,6 +275,7 @@ impl Default for StandingOptions {
             query_timeout: Duration::from_secs(10),
             batch_timeout: Duration::from_secs(60),
             retry_within: Duration::from_secs(5),
+            pulse: PulseOptions::default(),
         }
     }
 }

@@ -33,9 +33,13 @@ use tokio::sync::{Semaphore, watch};
 
 /// Makes a substituter; it keeps NARs if `MUSTER_TEST_CACHE` is set, so that every suite can be run both ways.
 pub fn new_substituter(options: substituter::Options, setup: Setup) -> Substituter {
-    let keep = std::env::var_os("MUSTER_TEST_CACHE").is_some();
-    let backend = keep.then(|| Arc::new(MemoryBackend::new(1 << 30)) as Arc<dyn Backend>);
+    let backend = keeps().then(|| Arc::new(MemoryBackend::new(1 << 30)) as Arc<dyn Backend>);
     Substituter::new(options, setup, backend)
+}
+
+/// Tells whether [`new_substituter`] makes one that keeps NARs.
+pub fn keeps() -> bool {
+    std::env::var_os("MUSTER_TEST_CACHE").is_some()
 }
 
 /// What a scripted upstream does with the next NARs.
@@ -194,7 +198,7 @@ impl Upstream for Scripted {
         let fewer = |left: usize| left.checked_sub(1);
         let (set, got) = (Ordering::Relaxed, Ordering::Relaxed);
         if self.refusals.fetch_update(set, got, fewer).is_ok() {
-            return Err(Error::Down("Connection closed by it port 22".into()));
+            return Err(Error::Refused("Connection closed by it port 22".into()));
         }
         let known = self.paths.lock().unwrap().get(&info.path.hash()).cloned();
         let Some((_, nar)) = known else {

@@ -266,13 +266,11 @@ impl Backend for DiskCache {
     }
 
     fn corrupt(&self, name: &NarName, cause: &str) {
-        self.shared.judged.condemn(*name);
-        if !self
-            .shared
-            .queue
-            .push(Task::Corrupt(*name, cause.to_owned()))
+        let judged = &self.shared.judged;
+        if judged.condemn(*name)
+            && !(self.shared.queue).push(Task::Corrupt(*name, cause.to_owned()))
         {
-            self.shared.judged.removed(name);
+            judged.removed(name);
         }
     }
 

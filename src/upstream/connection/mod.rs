@@ -77,6 +77,18 @@ struct Inner {
     _tasks: JoinSet<()>,
 }
 
+/// A question under way; dropped, its answer is thrown away.
+#[derive(Debug)]
+pub struct Pending(oneshot::Receiver<questions::Answer>);
+
+impl Pending {
+    /// Waits until it is answered or failed. May be dropped and called again, until it has returned.
+    pub async fn settled(&mut self) -> Result<Reply, Error> {
+        let ended = || Err(Error::Lost("the connection ended".into()));
+        (&mut self.0).await.unwrap_or_else(|_| ended())
+    }
+}
+
 impl Connection {
     /// Shakes hands over an open byte stream and starts the connection's task.
     ///
@@ -125,6 +137,14 @@ impl Connection {
         let (sender, answer) = oneshot::channel();
         self.inner.questions.push(request, Slot::One(sender))?;
         answer.await.unwrap_or_else(|_| Err(self.broken()))
+    }
+
+    /// Asks one question if no other waits or is under way, so that its answer waits for the daemon alone.
+    pub fn ask_when_idle(&self, request: Request) -> Option<Pending> {
+        refuse_stream(&request).ok()?;
+        let (sender, answer) = oneshot::channel();
+        let asked = (self.inner.questions).push_when_idle(request, Slot::One(sender));
+        matches!(asked, Ok(true)).then_some(Pending(answer))
     }
 
     /// Asks many questions, written back to back; the answers have their order.

@@ -127,6 +127,12 @@ impl Questions {
         self.enqueue(Waiting::One(request, slot))
     }
 
+    /// Queues a question if no other waits or is under way; tells whether it did.
+    pub(super) fn push_when_idle(&self, request: Request, slot: Slot) -> Result<bool, Error> {
+        let idle = |state: &State| state.questions_waiting + state.questions_out == 0;
+        self.enqueue_if(idle, Waiting::One(request, slot))
+    }
+
     /// Queues many questions of one caller.
     pub(super) fn push_many(&self, requests: Vec<Request>) -> Result<Many, Error> {
         let (sender, answers) = oneshot::channel();
@@ -144,10 +150,21 @@ impl Questions {
     }
 
     fn enqueue(&self, waiting: Waiting) -> Result<(), Error> {
+        self.enqueue_if(|_| true, waiting).map(drop)
+    }
+
+    fn enqueue_if(
+        &self,
+        may: impl FnOnce(&State) -> bool,
+        waiting: Waiting,
+    ) -> Result<bool, Error> {
         let mut state = self.lock();
         // Under the lock, as `fail` sets it first and then empties the queue.
         if let Some(error) = self.broken() {
             return Err(error);
+        }
+        if !may(&state) {
+            return Ok(false);
         }
         self.nar_bytes
             .fetch_add(waiting.nar_bytes(), Ordering::Relaxed);
@@ -158,7 +175,7 @@ impl Questions {
         }
         drop(state);
         self.work.notify_one();
-        Ok(())
+        Ok(true)
     }
 
     /// Drops the questions of callers that left.

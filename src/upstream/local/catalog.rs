@@ -2,9 +2,9 @@
 //!
 //! Four times a second SQLite is asked whether anybody has written, which takes some microseconds. Where
 //! somebody has, new rows have higher numbers than all before them, and a row count tells whether some
-//! are gone; then the whole is looked at again. Both have a ration of processor time: paths that go now
-//! and then are noticed at once, and a collection of garbage that takes an hour does not keep a processor
-//! busy. What is gone and still fed costs a question; what is new is never held up.
+//! are gone; then the ranges that lack some are looked at again, or the whole. Both have a ration of processor
+//! time: paths that go now and then are noticed at once, and a collection of garbage that takes an hour does
+//! not keep a processor busy. What is gone and still fed costs a question; what is new is never held up.
 //!
 //! A thread of its own does this with a connection of its own: look-ups do not wait for it.
 
@@ -15,10 +15,13 @@ use bytes::Bytes;
 use futures_util::StreamExt as _;
 use futures_util::stream::{self, BoxStream};
 use rusqlite::Connection;
+use rusqlite::types::ValueRef;
+use rustix::time::{ClockId, clock_gettime};
 use tokio::sync::watch;
 use tracing::{debug, info};
 
 use super::database::{self, DatabaseError, Place};
+use super::ranges::{self, Ranges};
 use crate::codec::catalog::set::HashSet;
 use crate::codec::catalog::source::{Feeder, Source};
 use crate::nix::store_path::StorePathHash;
@@ -43,6 +46,8 @@ struct Reading {
     last_id: i64,
     /// Rows that there should be.
     rows: i64,
+    /// Where they should be.
+    ranges: Ranges,
     /// Whether rows may have gone since they were counted.
     uncounted: bool,
     ration: Ration,
@@ -129,6 +134,7 @@ impl Reading {
             version: i64::MIN,
             last_id: 0,
             rows: 0,
+            ranges: Ranges::new(&place.store_dir),
             uncounted: false,
             ration: Ration::full(Instant::now()),
         })
@@ -167,23 +173,82 @@ impl Reading {
             }
         }
         self.uncounted = true;
-        let now = Instant::now();
-        if !self.ration.allows(now) {
+        if !self.ration.allows(Instant::now()) {
             return Ok(());
         }
+        let begun = processor_time();
         let count: i64 =
             self.connection
                 .query_row("select count(*) from ValidPaths", (), |row| row.get(0))?;
-        match count == self.rows {
+        let gone = self.rows - count;
+        let explained = match gone {
+            0 => true,
+            1..=GONE_FEW => self.gone(place, catalog, gone)?,
+            _ => false,
+        };
+        match explained {
             true => self.uncounted = false,
             false => self.whole(place, catalog)?,
         }
-        self.ration.spend(now.elapsed());
+        self.ration.spend(processor_time().saturating_sub(begun));
         Ok(())
+    }
+
+    /// Finds so many rows that are gone; `false`: the ranges do not tell which.
+    fn gone(&mut self, place: &Place, catalog: &Catalog, gone: i64) -> Result<bool, DatabaseError> {
+        let Some(left) = self.left(place, gone)? else {
+            return Ok(false);
+        };
+        let mut lacking = vec![false; self.ranges.iter().count()];
+        let mut found = HashSet::new();
+        for (range, hashes) in left {
+            self.ranges.set(range, hashes.len());
+            if let Some(lacks) = lacking.get_mut(range) {
+                *lacks = true;
+            }
+            for hash in hashes.into_iter().flatten() {
+                found.insert(hash);
+            }
+        }
+        self.rows -= gone;
+        let mut source = catalog.source();
+        let is_gone = |hash: &&StorePathHash| {
+            lacking.get(ranges::of_hash(hash)) == Some(&true) && !found.contains(hash)
+        };
+        let gone: Vec<_> = source.paths().iter().filter(is_gone).copied().collect();
+        gone.iter().for_each(|hash| source.remove(hash));
+        Ok(true)
+    }
+
+    /// Returns what is left in the ranges that lack so many rows together, each with its place.
+    fn left(&self, place: &Place, gone: i64) -> Result<Option<Vec<Left>>, DatabaseError> {
+        let within = "from ValidPaths where path >= ?1 and path < ?2";
+        let mut count = self
+            .connection
+            .prepare(&format!("select count(*) {within}"))?;
+        let mut paths = self.connection.prepare(&format!("select path {within}"))?;
+        let folder = format!("{}/", place.store_dir);
+        let (mut left, mut open) = (Vec::new(), gone);
+        for (range, rows) in self.ranges.iter() {
+            let counted: i64 = count.query_row(range.bounds(), |row| row.get(0))?;
+            if counted == rows {
+                continue;
+            }
+            let hashes = paths.query_map(range.bounds(), |row| {
+                Ok(hash_part(row.get_ref(0)?, &folder))
+            })?;
+            left.push((range.place, hashes.collect::<Result<_, _>>()?));
+            open -= rows - counted;
+            if open == 0 {
+                return Ok(Some(left));
+            }
+        }
+        Ok(None)
     }
 
     fn whole(&mut self, place: &Place, catalog: &Catalog) -> Result<(), DatabaseError> {
         let now = Instant::now();
+        self.ranges.clear();
         let (last_id, found) = self.rows_after(place, 0)?;
         self.rows = i64::try_from(found.len()).unwrap_or(i64::MAX);
         self.last_id = last_id;
@@ -194,9 +259,10 @@ impl Reading {
         Ok(())
     }
 
-    /// Reads the rows with higher numbers; those that are no store paths of ours are `None`.
+    /// Reads the rows with higher numbers, and counts them into their ranges; those that are no store paths
+    /// of ours are `None`.
     fn rows_after(
-        &self,
+        &mut self,
         place: &Place,
         id: i64,
     ) -> Result<(i64, Vec<Option<StorePathHash>>), DatabaseError> {
@@ -212,16 +278,40 @@ impl Reading {
         let (mut last, mut found) = (id, Vec::new());
         while let Some(row) = rows.next()? {
             last = last.max(row.get(0)?);
-            let path = row.get_ref(1)?.as_str().ok();
-            let name = path.and_then(|path| path.strip_prefix(&*folder));
-            let digits = name.and_then(|name| name.split_once('-'));
-            found.push(digits.and_then(|(digits, _)| StorePathHash::parse(digits)));
+            let path = row.get_ref(1)?;
+            let hash = hash_part(path, &folder);
+            self.ranges.add(match (&hash, path) {
+                (Some(hash), _) => ranges::of_hash(hash),
+                (None, ValueRef::Text(path)) => self.ranges.of_text(path),
+                // None that Nix writes.
+                (None, _) => 0,
+            });
+            found.push(hash);
         }
         Ok((last, found))
     }
 }
 
-/// Time that may be spent on finding what is gone: a tenth of all, saved up to a bound.
+/// What is left in one range, by its place: hash parts, and `None` for what is no store path of ours.
+type Left = (usize, Vec<Option<StorePathHash>>);
+
+/// Reads the hash part of a path in a folder as it stands in the database; `None`: it is none.
+fn hash_part(path: ValueRef<'_>, folder: &str) -> Option<StorePathHash> {
+    let name = path
+        .as_str()
+        .ok()
+        .and_then(|path| path.strip_prefix(folder));
+    let digits = name.and_then(|name| name.split_once('-'));
+    digits.and_then(|(digits, _)| StorePathHash::parse(digits))
+}
+
+/// Returns the processor time of this thread so far: waiting for a busy machine costs it nothing.
+fn processor_time() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::try_from(time).unwrap_or_default()
+}
+
+/// Processor time that may be spent on finding what is gone: a share of all time, saved up to a bound.
 struct Ration {
     /// Seconds; below zero after something dear.
     saved: f64,
@@ -237,7 +327,7 @@ impl Ration {
     }
 
     fn allows(&mut self, now: Instant) -> bool {
-        let earned = now.saturating_duration_since(self.since).as_secs_f64() / 10.0;
+        let earned = now.saturating_duration_since(self.since).as_secs_f64() * SHARE;
         self.saved = (self.saved + earned).min(SAVED_MAX);
         self.since = now;
         self.saved > 0.0
@@ -251,6 +341,14 @@ impl Ration {
 /// Between two looks, and so between two heartbeats.
 const HEARTBEAT: Duration = Duration::from_millis(250);
 
+/// Up to so many lie in a quarter of the 1,024 ranges at most. With more, reading all costs less than counting
+/// all first.
+const GONE_FEW: i64 = 256;
+
+/// Of one processor: a collection of garbage in a million paths is then followed within a second, as a look at
+/// the ranges takes some 150 ms.
+const SHARE: f64 = 0.2;
+
 /// Seconds: of a million paths the whole can be looked at five times running.
 const SAVED_MAX: f64 = 2.0;
 
@@ -259,7 +357,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_tenth_of_the_time_and_no_more() {
+    fn its_share_of_the_time_and_no_more() {
         let mut now = Instant::now();
         let mut ration = Ration::full(now);
         let mut looks = 0;
@@ -270,7 +368,7 @@ mod tests {
                 looks += 1;
             }
         }
-        // 1000 s give 100, and 2 were saved.
-        assert!((250..=257).contains(&looks), "{looks}");
+        // 1000 s give 200, and 2 were saved.
+        assert!((500..=507).contains(&looks), "{looks}");
     }
 }

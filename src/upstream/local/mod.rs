@@ -20,6 +20,7 @@ mod facts;
 mod nar;
 mod pack;
 mod proofs;
+mod ranges;
 mod reader;
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};

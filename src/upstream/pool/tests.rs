@@ -30,7 +30,7 @@ async fn one_failed_login_answers_all_who_wait_for_it() {
     let pool = Pool::new("nowhere".into(), dial.clone(), PoolOptions::default());
     let path = path();
     let answers = join_all((0..50).map(|_| pool.nar(&path, 100))).await;
-    let down = |answer: &Result<_, Error>| matches!(answer, Err(Error::Down(_)));
+    let down = |answer: &Result<_, Error>| matches!(answer, Err(Error::Refused(_)));
     assert!(answers.iter().all(down));
     assert_eq!(dial.0.load(Ordering::Relaxed), 1);
 }
