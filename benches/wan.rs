@@ -2,16 +2,18 @@
 //!
 //! ```text
 //!   c-2.8 … m  --- here
-//!      line: 20 ms each way, for ssh and http alike; as wide as the machine, or 100 Mbit/s where said
+//!      line: 20 ms each way, 1 Gbit/s, for ssh and http alike; as wide as the machine, or 100 Mbit/s where said
 //!   b1 b2 b3   builders: Nix 2.8, sshd, nix-daemon; b2 alone has the closure and the large path
 //!              and, where said, a muster each over its own store, asked over the same line or past it
 //!   www        nginx, the same paths as `nix copy --to file://…?compression=zstd` wrote them
 //! ```
 //!
 //! The line is the rig's relay: each byte arrives 20 ms after it was sent, and a connection's first ones a round
-//! trip later still. It has no slow start and loses nothing, to the gain of both sides. Whatever is compared is
-//! taken in turn, forth and back, as in benches/lan.rs; Muster is started anew for every single time, on the
-//! builders too, with nothing kept, connected, and left alone for two seconds.
+//! trip later still. It has no slow start and loses nothing, to the gain of both sides. One as wide as the machine
+//! measures the processors, which two musters, the client and the line share here: it has a row, and no goal.
+//!
+//! Whatever is compared is taken in turn, forth and back, as in benches/lan.rs; Muster is started anew for every
+//! single time, on the builders too, with nothing kept, connected, and left alone for two seconds.
 
 #[path = "../tests/rig/mod.rs"]
 mod rig;
@@ -36,23 +38,21 @@ fn wan() {
     for round in 0..options.pairs {
         eprintln!("-- round {} of {}", round + 1, options.pairs);
         for client in &scene.clients {
-            let mut all = Via::ALL.to_vec();
-            if round % 2 == 1 {
-                all.reverse();
+            for via in in_turn(Via::ALL, round) {
+                scene.closure(client, via, &mut figures);
             }
-            all.iter()
-                .for_each(|via| scene.closure(client, *via, &mut figures));
-            let mut missing = Via::MISSING.to_vec();
-            if round % 2 == 1 {
-                missing.reverse();
-            }
-            for via in missing {
+            for via in in_turn(Via::MISSING, round) {
                 scene.misses(client, via, &mut figures);
             }
             if options.large_mib > 0 {
-                for via in [Via::Nginx, Via::Muster, Via::Peers] {
-                    scene.large(client, via, &mut figures);
+                for via in in_turn([Via::Nginx, Via::Muster, Via::Peers], round) {
+                    scene.large(client, via, LARGE, &mut figures);
                 }
+                scene.reach(0);
+                for via in in_turn([Via::Nginx, Via::Peers], round) {
+                    scene.large(client, via, LARGE_WIDE, &mut figures);
+                }
+                scene.reach(WIDTH);
             }
         }
         if options.large_mib > 0 {
@@ -220,6 +220,7 @@ struct Scene {
     paths: usize,
     /// The key that b2 signs with.
     key: String,
+    delay_ms: u64,
 }
 
 impl Scene {
@@ -249,19 +250,13 @@ impl Scene {
         b2.run(&format!("nix copy --to '{cache}' {top} {first}"))
             .ok();
 
-        let line = Line {
-            delay_ms: options.delay_ms,
-            ..Line::default()
-        };
         for builder in &builders {
-            builder.behind(line);
-            builder.reach_over(5000, PEER_PORT, line);
+            builder.behind(line(options.delay_ms, WIDTH));
         }
         let www = lab.machine("www", Nix::Debian12);
         www.write("/etc/lab-nginx.conf", NGINX_CONF);
         let nginx = www.spawn("nginx", "nginx -c /etc/lab-nginx.conf");
         www.await_port(8080);
-        www.reach_over(80, 8080, line);
 
         let muster = lab.machine("m", Nix::Debian12);
         muster.builders(&["b1", "b2", "b3"]);
@@ -271,7 +266,7 @@ impl Scene {
             client.configure("max-jobs = 16");
             client
         };
-        Self {
+        let scene = Self {
             _nginx: nginx,
             clients: options.clients.iter().map(client).collect(),
             builders,
@@ -281,7 +276,19 @@ impl Scene {
             large,
             paths: options.paths + 1,
             key,
+            delay_ms: options.delay_ms,
+        };
+        scene.reach(WIDTH);
+        scene
+    }
+
+    /// Puts a line of so many bytes a second before nginx and the builders' musters.
+    fn reach(&self, bytes_per_second: u64) {
+        let line = line(self.delay_ms, bytes_per_second);
+        for builder in &self.builders {
+            builder.reach_over(5000, PEER_PORT, line);
         }
+        self.www.reach_over(80, 8080, line);
     }
 
     fn closure(&self, client: &Machine, via: Via, figures: &mut Figures) {
@@ -324,13 +331,13 @@ impl Scene {
         figures.add(MISSES, version(client), via.name(), Unit::Seconds, got.secs);
     }
 
-    fn large(&self, client: &Machine, via: Via, figures: &mut Figures) {
+    fn large(&self, client: &Machine, via: Via, what: &str, figures: &mut Figures) {
         let road = self.serve(via);
         client.fresh_store();
         let line = format!("nix-store --realise {} {}", self.large[0], road.using());
         let got = client.run_for(120.0, &line).ok();
         assert_eq!((got.built(), got.copied()), (0, 1), "{got}");
-        figures.add(LARGE, version(client), via.name(), Unit::Seconds, got.secs);
+        figures.add(what, version(client), via.name(), Unit::Seconds, got.secs);
     }
 
     /// The same bytes by ssh alone, login and all.
@@ -344,11 +351,7 @@ impl Scene {
 
     /// Look-ups while four large NARs run over a thin line.
     fn loaded(&self, via: Via, figures: &mut Figures) {
-        let thin = Line {
-            delay_ms: 20,
-            bytes_per_second: 100_000_000 / 8,
-            ..Line::default()
-        };
+        let thin = line(20, 100_000_000 / 8);
         self.builders[1].behind(thin);
         self.builders[1].reach_over(5000, PEER_PORT, thin);
         let (mut muster, _peers) = self.start(via);
@@ -457,6 +460,7 @@ impl Scene {
             figures.set_goal(MISSES, client, PEERS_NO_CATALOG, Goal::Beside(PEERS));
             figures.set_goal(LARGE, client, MUSTER, Goal::Times(1.1, CAT));
             figures.set_goal(LARGE, client, PEERS, Goal::Times(1.0, NGINX));
+            figures.set_goal(LARGE_WIDE, client, PEERS, Goal::Beside(NGINX));
         }
         for via in [MUSTER, PEERS] {
             let what = format!("{via}, p99");
@@ -469,7 +473,7 @@ impl Scene {
         let nix = |m: &Machine| m.run("nix --version").out.trim().to_owned();
         let versions: Vec<_> = self.clients.iter().map(nix).collect();
         format!(
-            "{} small paths, {} pairs, {} ms each way, all machines on {cores} cores; clients {}; builders and nginx: {}, {}; load {}",
+            "{} small paths, {} pairs, {} ms each way, 1 Gbit/s, all machines on {cores} cores; clients {}; builders and nginx: {}, {}; load {}",
             self.paths,
             options.pairs,
             options.delay_ms,
@@ -490,6 +494,22 @@ impl Road<'_> {
     }
 }
 
+fn line(delay_ms: u64, bytes_per_second: u64) -> Line {
+    Line {
+        delay_ms,
+        bytes_per_second,
+        ..Line::default()
+    }
+}
+
+/// All of them, backwards in every second round.
+fn in_turn<const N: usize>(mut all: [Via; N], round: usize) -> [Via; N] {
+    if round % 2 == 1 {
+        all.reverse();
+    }
+    all
+}
+
 fn version(client: &Machine) -> &str {
     client.name.trim_start_matches("c-")
 }
@@ -497,8 +517,12 @@ fn version(client: &Machine) -> &str {
 const CLOSURE: &str = "closure of small paths, cold";
 const MISSES: &str = "as many paths that nobody has, dry run";
 const LARGE: &str = "one large path";
+const LARGE_WIDE: &str = "one large path, line as wide as the machine";
 const LOADED: &str = "look-up while four large NARs run over 100 Mbit/s";
 const CAT: &str = "bare ssh cat";
+
+/// Bytes a second of the line: 1 Gbit/s.
+const WIDTH: u64 = 1_000_000_000 / 8;
 
 /// Where the builders' musters listen, beyond the line.
 const PEER_PORT: u16 = 5001;

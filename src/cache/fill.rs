@@ -1,7 +1,7 @@
 //! A NAR on its way into a backend: a file that grows, hashed as it is written.
 //!
 //! The caller writes compressed bytes and has checked the NAR inside them when it commits; the hash and
-//! size of the file are made here. Others may follow the growing file by [`Fill::reader`] and
+//! size of the file are made here, but for a hash that the caller checks, too. Others may follow the growing file by [`Fill::reader`] and
 //! [`Fill::progress`]. Where the bytes end up is the backend's: it gives each fill a [`Place`].
 
 use std::fs::File;
@@ -25,10 +25,18 @@ use super::nar_name::FileHash;
 /// [`Stage::Failed`].
 pub struct Fill {
     file: Arc<File>,
-    sha256: Sha256,
+    hash: Digest,
     progress: watch::Sender<Progress>,
     /// `None` once it is committed.
     place: Option<Box<dyn Place>>,
+}
+
+/// Where the hash of the file comes from.
+enum Digest {
+    /// From the bytes, as they are written.
+    Made(Sha256),
+    /// From the caller.
+    Promised(FileHash),
 }
 
 /// How far a fill has come.
@@ -76,27 +84,47 @@ impl Fill {
         };
         Self {
             file,
-            sha256: Sha256::new(),
+            hash: Digest::Made(Sha256::new()),
             progress: watch::Sender::new(progress),
             place: Some(place),
         }
+    }
+
+    /// Has nothing hashed here: the caller promises that what it commits has this hash, because it hashes it.
+    ///
+    /// To be said before anything is written.
+    pub fn promise(&mut self, hash: FileHash) {
+        self.hash = Digest::Promised(hash);
     }
 
     /// Appends compressed bytes; it blocks for as long as the file system does.
     ///
     /// After an error the fill can only be dropped.
     pub fn write(&mut self, chunk: &[u8]) -> io::Result<()> {
+        self.write_all(&[chunk])
+    }
+
+    /// Appends several chunks, which are then to be read at one go.
+    ///
+    /// After an error the fill can only be dropped.
+    pub fn write_all(&mut self, chunks: &[impl AsRef<[u8]>]) -> io::Result<()> {
         let Progress { written, stage } = *self.progress.borrow();
         let (Some(place), Stage::Growing) = (&mut self.place, stage) else {
             return Err(io::Error::other("the fill has failed before"));
         };
-        let size_bytes = written + chunk.len() as u64;
-        let done = place.grow(size_bytes).and_then(|()| {
-            let done = self.file.write_all_at(chunk, written);
-            done.inspect_err(|error| place.failed(error))
-        });
-        if done.is_ok() {
-            self.sha256.update(chunk);
+        let size = |chunk: &_| AsRef::<[u8]>::as_ref(chunk).len() as u64;
+        let size_bytes = written + chunks.iter().map(size).sum::<u64>();
+        let mut offset = written;
+        let mut done = place.grow(size_bytes);
+        for chunk in chunks.iter().map(AsRef::as_ref) {
+            done = done.and_then(|()| {
+                let done = self.file.write_all_at(chunk, offset);
+                done.inspect_err(|error| place.failed(error))
+            });
+            if done.is_ok() {
+                self.hash.update(chunk);
+                offset += chunk.len() as u64;
+            }
         }
         self.progress.send_modify(|progress| match done {
             Ok(()) => progress.written = size_bytes,
@@ -145,7 +173,7 @@ impl Fill {
         }
         let place = self.place.take().ok_or_else(failed)?;
         let file = NarFile {
-            hash: FileHash(self.sha256.finalize_reset().into()),
+            hash: self.hash.finish(),
             size_bytes: written,
         };
         let narinfo = narinfo(&file);
@@ -160,6 +188,21 @@ impl Fill {
     }
 }
 
+impl Digest {
+    fn update(&mut self, chunk: &[u8]) {
+        if let Self::Made(sha256) = self {
+            sha256.update(chunk);
+        }
+    }
+
+    fn finish(&self) -> FileHash {
+        match self {
+            Self::Made(sha256) => FileHash(sha256.clone().finalize().into()),
+            Self::Promised(hash) => *hash,
+        }
+    }
+}
+
 impl Drop for Fill {
     fn drop(&mut self) {
         self.progress.send_modify(|progress| {
@@ -167,5 +210,53 @@ impl Drop for Fill {
                 progress.stage = Stage::Failed;
             }
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nix::hash::NarHash;
+
+    /// A place that keeps whatever it is told.
+    struct Anywhere;
+
+    #[async_trait]
+    impl Place for Anywhere {
+        fn grow(&mut self, _: u64) -> io::Result<()> {
+            Ok(())
+        }
+
+        async fn commit(self: Box<Self>, record: Record, _: Bytes) -> Result<NarFile, Error> {
+            Ok(record.file.unwrap())
+        }
+    }
+
+    async fn kept(promise: Option<FileHash>) -> NarFile {
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        let mut fill = Fill::new(file, Box::new(Anywhere));
+        if let Some(hash) = promise {
+            fill.promise(hash);
+        }
+        fill.write(b"some ").unwrap();
+        fill.write_all(&["by", "tes"]).unwrap();
+        let info = PathInfo {
+            path: "00000000000000000000000000000000-a".parse().unwrap(),
+            nar_hash: NarHash::of(b""),
+            nar_size: 0,
+            references: vec![],
+            deriver: None,
+            signatures: vec![],
+            ca: None,
+        };
+        fill.commit(info, vec![], |_| Bytes::new()).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn the_hash_is_that_of_the_bytes_or_the_promised_one() {
+        let NarFile { hash, size_bytes } = kept(None).await;
+        assert_eq!((hash.0, size_bytes), (NarHash::of(b"some bytes").0, 10));
+        let checked_elsewhere = FileHash([7; 32]);
+        assert_eq!(kept(Some(checked_elsewhere)).await.hash, checked_elsewhere);
     }
 }

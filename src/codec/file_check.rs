@@ -134,6 +134,11 @@ impl FileCheck {
         }
     }
 
+    /// Returns what the file must be.
+    pub fn promise(&self) -> &Promise {
+        &self.promise
+    }
+
     /// Returns the bytes of the NAR that were decoded so far.
     pub fn nar_bytes(&self) -> u64 {
         self.nar.size()

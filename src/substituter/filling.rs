@@ -23,7 +23,7 @@ use futures_util::stream::BoxStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tracing::debug;
 
-use crate::cache::backend::{Ground, NarFile};
+use crate::cache::backend::NarFile;
 use crate::cache::fill::{Fill, Progress};
 use crate::codec::compression::Encoding;
 use crate::codec::decompress::Decoder;
@@ -31,12 +31,14 @@ use crate::nix::hash::NarHash;
 use crate::nix::path_info::PathInfo;
 use crate::nix::store_path::StorePathHash;
 
-use super::Setup;
 use super::following::Client;
+use super::intake::Intake;
 use super::nar_url::NarUrl;
+use super::recent::Recent;
 use super::shared::Shared;
 use super::source::Source;
 use super::transfer::{self, Checked, Error, Form};
+use super::writing::Writing;
 
 /// The bounds of filling the cache.
 #[derive(Clone, Debug)]
@@ -81,6 +83,8 @@ pub(super) struct Filling {
     pub(super) form: Form,
     pub(super) progress: watch::Receiver<Progress>,
     pub(super) reader: Arc<File>,
+    /// What was written last.
+    pub(super) recent: Arc<Recent>,
     pub(super) clients: AtomicUsize,
     /// Why the NAR itself broke off, where it did.
     cut: Mutex<Option<Error>>,
@@ -89,14 +93,6 @@ pub(super) struct Filling {
 }
 
 type Outcome = Result<NarFile, ()>;
-
-/// What it takes to make an entry of a NAR.
-struct Intake {
-    shared: Arc<Shared>,
-    setup: Arc<Setup>,
-    info: Arc<PathInfo>,
-    grounds: Vec<Ground>,
-}
 
 impl Fillings {
     pub(super) fn new(options: &Options) -> Self {
@@ -136,16 +132,23 @@ pub(super) async fn begin(source: Source, url: &NarUrl) -> Option<Begun> {
     let Some(intake) = intake else {
         return Some(Begun::Direct(checked));
     };
-    let fill = match intake.begin() {
+    let mut fill = match intake.begin() {
         Some(fill) => fill,
         None => return Some(Begun::Direct(checked)),
     };
+    if let Checked::File {
+        hash: Some(hash), ..
+    } = &checked
+    {
+        fill.promise(*hash);
+    }
     let (tell_outcome, outcome) = watch::channel(None);
     let filling = Arc::new(Filling {
         info: Arc::clone(&info),
         form: checked.form(),
         progress: fill.progress(),
         reader: fill.reader(),
+        recent: Arc::default(),
         clients: AtomicUsize::new(0),
         cut: Mutex::default(),
         outcome,
@@ -191,6 +194,8 @@ async fn run(
         None => None,
     };
     shared.fillings.lock().remove(&key(&filling.info));
+    // A client that stops holds no memory.
+    filling.recent.clear();
     tell_outcome.send_replace(Some(kept.ok_or(())));
 }
 
@@ -198,36 +203,39 @@ async fn run(
 async fn write_all(
     intake: &Intake,
     filling: &Filling,
-    mut fill: Fill,
+    fill: Fill,
     checked: Checked,
     raw: Option<mpsc::Sender<Bytes>>,
 ) -> Option<Fill> {
     let shared = &intake.shared;
     let nar_size = filling.info.nar_size;
     let mut file = match checked {
-        Checked::File(file) => file,
+        Checked::File { stream, .. } => stream,
         Checked::Nar(nar) => transfer::encode(shared, Encoding::Zstd, nar_size, teed(nar, raw)),
     };
     let mut orphan: Option<OwnedSemaphorePermit> = None;
-    loop {
+    let mut writing = Writing::new(fill, Arc::clone(&filling.recent));
+    let ended = loop {
+        if !writing.has_room() {
+            writing.turn().await?;
+        }
         let item = tokio::select! {
             biased;
+            done = writing.turn() => {
+                done?;
+                continue;
+            }
             item = file.next() => item,
             () = filling.abandonment(shared.options.fill.orphan_stall) => {
                 debug!(path = %filling.info.path, "given up, nobody waits and its source is silent");
                 return None;
             }
         };
-        let Some(item) = item else {
-            return Some(fill);
-        };
-        let chunk = match item {
-            Ok(chunk) => chunk,
-            Err(error) => {
-                filling.break_off(error);
-                return None;
-            }
-        };
+        match item {
+            Some(Ok(chunk)) => writing.take(chunk),
+            Some(Err(error)) => break Err(error),
+            None => break Ok(()),
+        }
         if filling.clients.load(Ordering::Relaxed) == 0 && orphan.is_none() {
             let worth_it = nar_size <= shared.options.fill.orphan_bytes_max;
             let orphans = Arc::clone(&shared.fillings.orphans);
@@ -237,7 +245,15 @@ async fn write_all(
                 return None;
             }
         }
-        fill = write(fill, chunk).await?;
+    };
+    // What came before is for the clients, also where the rest never comes.
+    let fill = writing.finish().await?;
+    match ended {
+        Ok(()) => Some(fill),
+        Err(error) => {
+            filling.break_off(error);
+            None
+        }
     }
 }
 
@@ -257,51 +273,10 @@ fn teed(
     nar.inspect(tee).boxed()
 }
 
-/// Writes one chunk on a blocking thread; `None`, and the cache has said so, when it cannot be.
-async fn write(mut fill: Fill, chunk: Bytes) -> Option<Fill> {
-    let written = tokio::task::spawn_blocking(move || fill.write(&chunk).ok().map(|()| fill));
+/// Writes a whole file on a blocking thread; `None`, and the cache has said so, when it cannot be.
+async fn write(mut fill: Fill, file: Bytes) -> Option<Fill> {
+    let written = tokio::task::spawn_blocking(move || fill.write(&file).ok().map(|()| fill));
     written.await.ok()?
-}
-
-impl Intake {
-    /// Gathers what an entry takes, while it is known; `None` where the NAR is not to be kept.
-    fn of(source: &Source) -> Option<Self> {
-        let shared = Arc::clone(&source.shared);
-        shared.kept.as_ref()?;
-        let holders = source.holders.as_ref()?;
-        let setup = shared.setup();
-        let grounds = Shared::grounds(&setup, &source.info, holders);
-        Some(Self {
-            info: Arc::clone(&source.info),
-            setup,
-            grounds,
-            shared,
-        })
-    }
-
-    fn begin(&self) -> Option<Fill> {
-        let kept = self.shared.kept.as_ref()?;
-        let fill = kept.backend.begin(self.info.nar_size);
-        fill.inspect_err(|error| debug!(path = %self.info.path, %error, "not kept"))
-            .ok()
-    }
-
-    /// Makes the entry and publishes the path anew; dropped, the former goes on.
-    async fn commit(self, fill: Fill) -> Option<NarFile> {
-        let publisher = &self.setup.publisher;
-        let info = publisher.without_ours((*self.info).clone());
-        let narinfo = |file: &NarFile| publisher.narinfo_of((*self.info).clone(), file);
-        match fill.commit(info, self.grounds, narinfo).await {
-            Ok(file) => {
-                self.shared.publish_kept(&self.info, file);
-                Some(file)
-            }
-            Err(error) => {
-                debug!(path = %self.info.path, %error, "not kept");
-                None
-            }
-        }
-    }
 }
 
 /// Keeps a small checked NAR in the background, if there is room to wait for the disk.

@@ -109,6 +109,10 @@ impl Following {
             }
             let Progress { written, stage } = *self.progress.borrow_and_update();
             if self.offset < written {
+                if let Some(chunk) = self.client.0.recent.at(self.offset, written) {
+                    self.offset += chunk.len() as u64;
+                    return Ok(Some(chunk));
+                }
                 let file = Arc::clone(&self.client.0.reader);
                 let chunk = read_at(file, self.offset, written).await;
                 let chunk = chunk.map_err(|error| Error::Corrupt {

@@ -20,6 +20,7 @@ use futures_util::stream::{self, BoxStream};
 use tokio::time::{sleep, timeout};
 use tracing::warn;
 
+use crate::cache::nar_name::FileHash;
 use crate::codec::compression::Encoding;
 use crate::codec::file_check::{End, FileCheck, FileError, Promise};
 use crate::nix::path_info::PathInfo;
@@ -106,6 +107,11 @@ impl Passing {
         passing.held = passing.checked_chunk().await.ok()?;
         passing.held.as_ref()?;
         Some(passing)
+    }
+
+    /// Returns the hash that the file has if it comes to its end, where it was promised and so is checked.
+    pub(super) fn file_hash(&self) -> Option<FileHash> {
+        self.check.promise().file_hash.map(FileHash)
     }
 
     /// Gives the checked file; a reader that gets to its end without an error has all of it.

@@ -21,7 +21,7 @@ use futures_util::stream::BoxStream;
 use tracing::warn;
 
 use crate::cache::memory::Entry;
-use crate::cache::nar_name::NarName;
+use crate::cache::nar_name::{FileHash, NarName};
 use crate::codec::compression::{EncodeError, EncoderOptions, Encoding};
 use crate::upstream;
 
@@ -168,7 +168,7 @@ pub(super) async fn directly(
     let nar_size = source.info.nar_size;
     let checked = match form {
         Form::Nar => Checked::Nar(Relay::new(source).into_checked().await?),
-        Form::File => Checked::File(Passing::begin(&source, url).await?.into_stream()),
+        Form::File => Checked::passing(Passing::begin(&source, url).await?),
     };
     Some(checked.encoded(shared, url.encoding, nar_size))
 }
@@ -178,7 +178,11 @@ pub(super) enum Checked {
     /// The NAR itself.
     Nar(BoxStream<'static, Result<Bytes, Error>>),
     /// The file that an upstream keeps it in, in the encoding that was asked for.
-    File(BoxStream<'static, Result<Bytes, Error>>),
+    File {
+        stream: BoxStream<'static, Result<Bytes, Error>>,
+        /// What the stream has if it comes to its end, where that is known.
+        hash: Option<FileHash>,
+    },
 }
 
 /// In which form a NAR is taken from its holders.
@@ -194,15 +198,22 @@ impl Checked {
     /// Opens a NAR in the form that costs less; `None` when no holder gives a first byte.
     pub(super) async fn open(source: Source, url: &NarUrl) -> Option<Self> {
         match Passing::begin(&source, url).await {
-            Some(passing) => Some(Self::File(passing.into_stream())),
+            Some(passing) => Some(Self::passing(passing)),
             None => Relay::new(source).into_checked().await.map(Self::Nar),
+        }
+    }
+
+    fn passing(passing: Passing) -> Self {
+        Self::File {
+            hash: passing.file_hash(),
+            stream: passing.into_stream(),
         }
     }
 
     pub(super) fn form(&self) -> Form {
         match self {
             Self::Nar(_) => Form::Nar,
-            Self::File(_) => Form::File,
+            Self::File { .. } => Form::File,
         }
     }
 
@@ -213,7 +224,7 @@ impl Checked {
         nar_size: u64,
     ) -> BoxStream<'static, Result<Bytes, Error>> {
         match self {
-            Self::File(file) => file,
+            Self::File { stream, .. } => stream,
             Self::Nar(nar) if encoding == Encoding::None => nar,
             Self::Nar(nar) => encode(shared, encoding, nar_size, nar),
         }
