@@ -157,11 +157,9 @@ impl BinaryCache {
         let kib = u32::try_from(nar_size.div_ceil(1024)).unwrap_or(u32::MAX);
         let kib_max = self.options.shared_small_kib.max(1);
         let (turns, count) = match size_of(nar_size) {
-            FileSize::Small if self.files.shares_connections() => (
-                &self.shared_small,
-                kib.clamp(SHARED_KIB_LEAST, kib_max.max(SHARED_KIB_LEAST))
-                    .min(kib_max),
-            ),
+            FileSize::Small if self.files.shares_connections() => {
+                (&self.shared_small, kib.max(SHARED_KIB_LEAST).min(kib_max))
+            }
             FileSize::Small => (&self.small, 1),
             FileSize::Large => (&self.large, 1),
         };
