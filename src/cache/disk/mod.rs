@@ -6,7 +6,7 @@
 //! place     a running fill                  writer    the one thread that changes anything
 //! commit    group commit                    removal   eviction and removal
 //! reconcile the background pass at start    shared    state, and whether all is well
-//! judged    files found right or wrong
+//! judged    files found right or wrong        denials   look-ups that hold no more
 //! upkeep    what `muster cache` does        verify    whether one NAR is right
 //! resign    narinfos after a change of keys  signing  its background pass
 //! owner     whose the files are
@@ -16,6 +16,7 @@
 //! tried again after a pause. kill -9 at any moment leaves whole entries only.
 
 mod commit;
+mod denials;
 pub mod folder;
 pub mod index;
 mod judged;
@@ -71,7 +72,8 @@ pub struct Options {
     pub want_mass_query: bool,
     /// Paths that are known without their NAR, at most: about 500 MB of index.
     pub look_ups_max: u64,
-    /// Look-ups, and uses, that wait for the writer: some MB; further ones are dropped.
+    /// Look-ups, denials and uses that wait for the writer, of each: some MB. Further look-ups and uses are dropped;
+    /// a further denial drops all look-ups, because none that was denied may come back.
     pub queue_max: usize,
     /// How long a folder that cannot be written is left alone before it is tried again.
     pub retry_after: Duration,
@@ -162,12 +164,16 @@ impl Backend for DiskCache {
     fn deny(&self, hash: StorePathHash, nar_hash: NarHash, upstreams: &[&str]) {
         let shared = &self.shared;
         if shared.index().is_none() {
-            return;
+            // It may say so, once it is there again.
+            return shared.denials.lose();
         }
-        // Most denials are of what was never said.
-        let known = shared.known(hash);
-        let said = known.is_some_and(|mut record| record.deny(nar_hash, upstreams));
-        if !said && !shared.queue.has_look_ups() {
+        // Most denials are of what was never said. The index is read last: what is not on its way any more is there.
+        let on_its_way = shared.queue.has_look_up(hash);
+        let said = || {
+            let known = shared.known(hash);
+            known.is_some_and(|mut record| record.deny(nar_hash, upstreams))
+        };
+        if !on_its_way && !said() {
             return;
         }
         let denial = Denial {
@@ -175,9 +181,10 @@ impl Backend for DiskCache {
             nar_hash,
             upstreams: upstreams.iter().map(|u| (*u).to_owned()).collect(),
         };
-        shared.deny(denial.clone());
-        if !shared.queue.push(Task::Deny(denial.clone())) {
-            shared.denied(&denial);
+        if !shared.denials.add(denial.clone()) {
+            shared.queue.wake();
+        } else if !shared.queue.push(Task::Deny(denial.clone())) {
+            shared.denials.done(&denial);
         }
     }
 

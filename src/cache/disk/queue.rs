@@ -85,6 +85,8 @@ struct Waiting {
     tasks: VecDeque<Task>,
     /// Look-ups among them: dropped when there are too many.
     droppable: usize,
+    /// How many look-ups of a path are on their way: among the tasks, or with the writer.
+    look_ups: HashMap<StorePathHash, usize>,
     touches: HashMap<StorePathHash, u64>,
     woken: bool,
     stopped: bool,
@@ -113,23 +115,38 @@ impl Queue {
     /// Adds a task; `false`, and it is dropped, when the writer stops or has too many look-ups.
     pub fn push(&self, task: Task) -> bool {
         let mut waiting = self.lock();
-        if matches!(task, Task::Remember(_)) {
+        if waiting.stopped {
+            return false;
+        }
+        if let Task::Remember(record) = &task {
             if waiting.droppable >= self.droppable_max {
                 return false;
             }
             waiting.droppable += 1;
-        }
-        if waiting.stopped {
-            return false;
+            let hash = record.info.path.hash();
+            *waiting.look_ups.entry(hash).or_default() += 1;
         }
         waiting.tasks.push_back(task);
         self.changed.notify_all();
         true
     }
 
-    /// Tells whether look-ups wait, which the index does not know yet.
-    pub fn has_look_ups(&self) -> bool {
-        self.lock().droppable > 0
+    /// Tells whether a look-up of a path is on its way into the index.
+    pub fn has_look_up(&self, hash: StorePathHash) -> bool {
+        self.lock().look_ups.contains_key(&hash)
+    }
+
+    /// Notes that the writer is done with look-ups that it took.
+    pub fn written(&self, look_ups: &[StorePathHash]) {
+        let mut waiting = self.lock();
+        for hash in look_ups {
+            if let Some(count) = waiting.look_ups.get_mut(hash) {
+                *count -= 1;
+                if *count == 0 {
+                    waiting.look_ups.remove(hash);
+                }
+            }
+        }
     }
 
     /// Adds a task of the background pass once there is room; `false` when the writer stops.

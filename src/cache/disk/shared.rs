@@ -13,10 +13,11 @@ use super::super::backend::{Error, Record, Sign, Stats};
 use super::super::nar_name::NarName;
 use super::super::stamp::{Content, Stamp};
 use super::Options;
+use super::denials::Denials;
 use super::folder::Folder;
 use super::index::{Index, IndexError, Totals};
 use super::judged::Judged;
-use super::queue::{Denial, Queue};
+use super::queue::Queue;
 use super::text::{self, TextError};
 use crate::nix::cache_info::CacheInfo;
 use crate::nix::signature::PublicKey;
@@ -41,8 +42,8 @@ pub struct Shared {
     degraded: Mutex<Option<Degraded>>,
     /// As of the last write of the index.
     totals: Mutex<Totals>,
-    /// Denials that wait for the writer; what they say holds already. No other lock is taken under it.
-    denied: Mutex<Vec<Denial>>,
+    /// What upstreams deny and the index is yet to forget.
+    pub denials: Denials,
     /// What was found of files and the index is yet to know.
     pub judged: Judged,
     /// Who signs now. Held for the moment of cloning alone.
@@ -93,6 +94,7 @@ impl Shared {
         Self {
             queue: Queue::new(options.queue_max),
             judged: Judged::new(options.queue_max),
+            denials: Denials::new(options.queue_max),
             options,
             folder,
             index: RwLock::new(None),
@@ -100,7 +102,6 @@ impl Shared {
             reconciled: AtomicBool::new(false),
             degraded: Mutex::default(),
             totals: Mutex::default(),
-            denied: Mutex::default(),
             signing: RwLock::new(None),
             passes: Mutex::default(),
             reserved: AtomicU64::new(0),
@@ -168,6 +169,7 @@ impl Shared {
 
     /// Returns what is known of a path: by the index, or by its narinfo while that is not all in.
     pub fn known(&self, hash: StorePathHash) -> Option<Record> {
+        let denied = self.denials.of(hash);
         let mut record = self.listed(hash)?;
         if record
             .name()
@@ -175,26 +177,7 @@ impl Shared {
         {
             record.file = None;
         }
-        let denied = lock(&self.denied);
-        let of_it = denied.iter().filter(|denial| denial.hash == hash);
-        let mut changed = false;
-        for denial in of_it {
-            changed |= record.deny(denial.nar_hash, &denial.upstreams);
-        }
-        (!changed || !record.grounds.is_empty()).then_some(record)
-    }
-
-    /// Has a denial hold from now on; the writer is yet to be told.
-    pub fn deny(&self, denial: Denial) {
-        lock(&self.denied).push(denial);
-    }
-
-    /// Notes that the writer is done with a denial.
-    pub fn denied(&self, denial: &Denial) {
-        let mut denied = lock(&self.denied);
-        if let Some(place) = denied.iter().position(|d| d == denial) {
-            denied.swap_remove(place);
-        }
+        denied.leave(record)
     }
 
     /// Tells whether a file is as it was when its content was checked.

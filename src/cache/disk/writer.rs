@@ -12,17 +12,18 @@ use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 use tracing::{debug, warn};
 
-use super::super::backend::Record;
 use super::super::nar_name::NarName;
 use super::folder::{self, FolderError, Lock};
 use super::index::{Index, IndexError};
-use super::queue::{Batch, Commit, Denial, Task};
+use super::queue::{Batch, Commit, Task};
 use super::resign::{self, Tally};
 use super::shared::Shared;
 use super::{commit, removal};
 use crate::nix::store_path::StorePathHash;
+use notes::Note;
 
 mod found;
+mod notes;
 #[cfg(test)]
 mod tests;
 
@@ -40,7 +41,7 @@ pub struct Writer {
 #[derive(Default)]
 struct Sorted {
     commits: Vec<Commit>,
-    remembered: Vec<Record>,
+    notes: Vec<Note>,
     others: Vec<Task>,
     flushes: Vec<oneshot::Sender<()>>,
 }
@@ -63,23 +64,29 @@ impl Writer {
     /// Works until it is told to stop; then nothing waits any more and the lock is free.
     pub fn run(mut self) {
         let _ended = Ended(Arc::clone(&self.shared));
-        loop {
-            let Batch {
-                tasks,
-                touches,
-                stopped,
-            } = self.shared.queue.take(CHECK_EVERY);
-            self.touches.extend(touches);
-            self.look_after();
-            self.work(tasks);
-            if stopped || self.touched_at.elapsed() >= TOUCHES_EVERY {
-                self.write_touches();
-            }
-            self.make_room();
-            if stopped {
-                break;
-            }
+        while self.turn(CHECK_EVERY) {}
+    }
+
+    /// Takes what waits, after `idle_max` at the latest, and does it; `false`: nothing comes any more.
+    fn turn(&mut self, idle_max: Duration) -> bool {
+        // Asked before the batch is taken, which then has all look-ups that came before what is lost.
+        let sweep = self.shared.denials.sweep_due();
+        let Batch {
+            tasks,
+            touches,
+            stopped,
+        } = self.shared.queue.take(idle_max);
+        self.touches.extend(touches);
+        self.look_after();
+        self.work(tasks);
+        if let Some(sweep) = sweep {
+            self.sweep(sweep);
         }
+        if stopped || self.touched_at.elapsed() >= TOUCHES_EVERY {
+            self.write_touches();
+        }
+        self.make_room();
+        !stopped
     }
 
     fn work(&mut self, mut tasks: VecDeque<Task>) {
@@ -89,7 +96,7 @@ impl Writer {
             sorted.take(&mut tasks);
             let index = self.shared.index();
             let index = index.as_deref();
-            self.remember(index, sorted.remembered);
+            self.note(index, sorted.notes);
             if !sorted.commits.is_empty() {
                 commit::commit(&self.shared, index, sorted.commits);
             }
@@ -109,7 +116,6 @@ impl Writer {
 
     fn one(&self, task: Task) {
         match task {
-            Task::Deny(denial) => self.deny(&denial),
             Task::SignAnew(hashes, reply) => {
                 // The pass may have ended meanwhile.
                 _ = reply.send(self.sign_anew(&hashes));
@@ -120,41 +126,8 @@ impl Writer {
             Task::Orphan(name) => self.orphan(&name),
             Task::Gone(hash) => self.gone(hash),
             // Sorted out before.
-            Task::Commit(_) | Task::Remember(_) | Task::Flush(_) => {}
+            Task::Commit(_) | Task::Remember(_) | Task::Deny(_) | Task::Flush(_) => {}
         }
-    }
-
-    /// Keeps look-ups, and no more than are wanted.
-    fn remember(&self, index: Option<&Index>, records: Vec<Record>) {
-        let (Some(index), false) = (index, records.is_empty()) else {
-            return;
-        };
-        let look_ups_max = self.shared.options.look_ups_max;
-        self.change(index, |changes| {
-            for mut record in records {
-                record.file = None;
-                let hash = record.info.path.hash();
-                let mut used = None;
-                if let Some(mut known) = changes.get(hash)? {
-                    if known.info.nar_hash == record.info.nar_hash {
-                        known.join(record);
-                        record = known;
-                        // A NAR is used when somebody fetches it.
-                        used = changes.last_use(hash)?.filter(|_| record.file.is_some());
-                    } else if known.file.is_some() {
-                        continue;
-                    }
-                }
-                changes.put(&record, used.unwrap_or_else(|| self.shared.tick()))?;
-            }
-            while changes.totals().look_ups > look_ups_max {
-                let Some(hash) = changes.oldest_look_up()? else {
-                    break;
-                };
-                changes.remove(hash)?;
-            }
-            Ok(())
-        });
     }
 
     fn write_touches(&mut self) {
@@ -214,25 +187,6 @@ impl Writer {
         }
     }
 
-    fn deny(&self, denial: &Denial) {
-        if let Some(index) = self.shared.index() {
-            self.change(&index, |changes| {
-                let Some(mut record) = changes.get(denial.hash)? else {
-                    return Ok(());
-                };
-                if !record.deny(denial.nar_hash, &denial.upstreams) {
-                    return Ok(());
-                }
-                if record.grounds.is_empty() {
-                    return changes.remove(denial.hash);
-                }
-                let used = changes.last_use(denial.hash)?;
-                changes.put(&record, used.unwrap_or_else(|| self.shared.tick()))
-            });
-        }
-        self.shared.denied(denial);
-    }
-
     fn sign_anew(&self, hashes: &[StorePathHash]) -> io::Result<Tally> {
         let mut tally = Tally::default();
         if self.lock.is_none() || self.shared.degraded().is_some() {
@@ -274,18 +228,25 @@ impl Writer {
         }
     }
 
+    /// Writes the index; `false`: it failed, and there is none any more.
     fn change(
         &self,
         index: &Index,
         change: impl FnOnce(&mut super::index::Changes<'_>) -> Result<(), IndexError>,
-    ) {
+    ) -> bool {
         let changed = index.write(|changes| {
             change(changes)?;
             Ok(changes.totals())
         });
         match changed {
-            Ok(totals) => self.shared.set_totals(totals),
-            Err(error) => self.shared.index_failed(&error),
+            Ok(totals) => {
+                self.shared.set_totals(totals);
+                true
+            }
+            Err(error) => {
+                self.shared.index_failed(&error);
+                false
+            }
         }
     }
 
@@ -420,12 +381,14 @@ impl Sorted {
                     }
                     self.commits.push(*commit);
                 }
-                Task::Remember(record) => self.remembered.push(*record),
+                Task::Remember(record) => self.notes.push(Note::Said(*record)),
+                Task::Deny(denial) => self.notes.push(Note::Denied(denial)),
                 Task::Flush(reply) => self.flushes.push(reply),
                 // After the commits that came before it, and before those that come after it.
                 other => {
                     self.others.push(other);
-                    if matches!(tasks.front(), Some(Task::Commit(_) | Task::Remember(_))) {
+                    let next = tasks.front();
+                    if let Some(Task::Commit(_) | Task::Remember(_) | Task::Deny(_)) = next {
                         return;
                     }
                 }
