@@ -14,27 +14,19 @@ use async_trait::async_trait;
 use builder::{Builder, up};
 use bytes::Bytes;
 use futures_util::StreamExt as _;
-use muster::cache::memory::UpstreamId;
 use muster::codec::catalog::view::Says;
 use muster::codec::compression::Encoding;
-use muster::codec::decompress::Decoder;
-use muster::nix::path_info::Trust;
 use muster::nix::store_path::{StoreDir, StorePath, StorePathHash};
 use muster::server::listener::Listener;
 use muster::server::{self, Info};
 use muster::substituter::Substituter;
-use muster::substituter::health;
-use muster::substituter::member::Member;
 use muster::substituter::publish::Publisher;
 use muster::upstream::binary_cache::{BinaryCache, BinaryCacheOptions};
-use muster::upstream::cache_http::CacheHttp;
 use muster::upstream::catalog_feed::{FedCatalog, FeedOptions, FeedSource, FeedStream};
-use muster::upstream::http_client::{Access, HttpClient, HttpOptions};
-use muster::upstream::http_tls::tls;
-use muster::upstream::http_url::CacheUrl;
 use muster::upstream::local::{LocalOptions, LocalUpstream};
 use muster::upstream::{Error, Upstream};
 use rusqlite::Connection;
+use support::peer;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -58,13 +50,7 @@ async fn muster(builder: &Builder, copies: u16) -> Muster {
     for number in 0..copies {
         let local = builder.in_place(Path::new(NOWHERE), LocalOptions::default());
         up(&local).await;
-        let member = Member::new(
-            UpstreamId(number),
-            Arc::new(local),
-            Trust::Operator,
-            health::Options::default(),
-            Instant::now(),
-        );
+        let member = peer::member(number, Arc::new(local));
         members.push(Arc::new(member.of_own_store(number == 0)));
     }
     let setup = muster::substituter::Setup {
@@ -97,26 +83,11 @@ async fn muster(builder: &Builder, copies: u16) -> Muster {
 
 /// That muster as an upstream of another.
 fn asking(address: SocketAddr, store_dir: &StoreDir, catalog: Option<FeedOptions>) -> BinaryCache {
-    let url = CacheUrl::parse(&format!("http://{address}")).unwrap();
-    let options = HttpOptions::default();
-    let access = Access {
-        credentials: None,
-        hosts: vec![],
-    };
-    let client = HttpClient::new(url, tls(None).unwrap(), access, options.clone());
-    let files = CacheHttp::new(client, options, Decoder::default(), Duration::from_secs(5));
     let options = BinaryCacheOptions {
         catalog,
         ..BinaryCacheOptions::default()
     };
-    let name = format!("http://{address}");
-    BinaryCache::start(
-        name,
-        store_dir.clone(),
-        Arc::new(files),
-        Decoder::default(),
-        options,
-    )
+    peer::asking(address, store_dir.clone(), options)
 }
 
 /// A feed without a network between, which can be made to stall.

@@ -16,20 +16,11 @@ use hyper::client::conn::http2::{SendRequest, handshake};
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use muster::cache::backend::Backend;
-use muster::cache::memory::UpstreamId;
 use muster::cache::memory_backend::MemoryBackend;
 use muster::codec::compression::Encoding;
-use muster::codec::decompress::Decoder;
 use muster::nix::path_info::{PathInfo, Trust};
-use muster::nix::store_path::StoreDir;
-use muster::substituter::member::Member;
-use muster::substituter::{Options, Setup, Substituter, ahead, health};
-use muster::upstream::binary_cache::{BinaryCache, BinaryCacheOptions};
-use muster::upstream::cache_http::CacheHttp;
-use muster::upstream::http_client::{Access, HttpClient, HttpOptions};
-use muster::upstream::http_tls::tls;
-use muster::upstream::http_url::CacheUrl;
-use muster::upstream::{Link, Upstream};
+use muster::substituter::{Options, Substituter, ahead};
+use support::peer::{member, met, narinfo, setup_of};
 use support::*;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional};
 use tokio::net::{TcpListener, TcpStream};
@@ -99,53 +90,17 @@ impl Counted {
 
 /// A substituter over what answers at this address.
 async fn over(address: SocketAddr, options: Options) -> (Substituter, String) {
-    let name = format!("http://{address}");
-    let url = CacheUrl::parse(&name).unwrap();
-    let http = HttpOptions::default();
-    let client = HttpClient::new(url, tls(None).unwrap(), Access::default(), http.clone());
-    let files = CacheHttp::new(client, http, Decoder::default(), Duration::from_secs(5));
-    let cache = BinaryCache::start(
-        name,
-        StoreDir::default(),
-        Arc::new(files),
-        Decoder::default(),
-        BinaryCacheOptions {
-            catalog: None,
-            ..BinaryCacheOptions::default()
-        },
-    );
-    let mut link = cache.link();
-    let up = link.wait_for(|link| matches!(link, Link::Up { .. }));
-    let up = timeout(Duration::from_secs(10), up).await.unwrap();
-    let Link::Up { peer } = up.unwrap().clone() else {
-        unreachable!("that was waited for");
-    };
-    let setup = Setup {
-        members: vec![Arc::new(member(Arc::new(cache)))],
-        publisher: setup(&[], &Trust::Operator, Encoding::None).publisher,
-    };
-    (support::new_substituter(options, setup), peer.to_string())
-}
-
-fn member(upstream: Arc<dyn Upstream>) -> Member {
-    let health = health::Options::default();
-    let now = Instant::now().into();
-    Member::new(UpstreamId(0), upstream, Trust::Operator, health, now)
+    let (upstream, said) = met(address).await;
+    let setup = setup_of([member(0, upstream)]);
+    (support::new_substituter(options, setup), said)
 }
 
 /// A muster whose own store has these paths.
 async fn peer(paths: &[Path]) -> Served {
     let store = Scripted::new("own");
     paths.iter().for_each(|(info, nar)| store.add(info, nar));
-    let setup = Setup {
-        members: vec![Arc::new(member(store).of_own_store(true))],
-        publisher: setup(&[], &Trust::Operator, Encoding::None).publisher,
-    };
+    let setup = setup_of([member(0, store).of_own_store(true)]);
     serve(support::new_substituter(options(), setup)).await
-}
-
-fn narinfo(info: &PathInfo) -> String {
-    format!("/{}.narinfo", info.path.hash())
 }
 
 /// Four kinds of load, and no more connections than two and one for each large NAR.

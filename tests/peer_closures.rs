@@ -8,26 +8,20 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
-use muster::cache::memory::UpstreamId;
 use muster::codec::closure_wire;
 use muster::codec::compression::Encoding;
-use muster::codec::decompress::Decoder;
 use muster::nix::narinfo::{Compression, NarInfo};
 use muster::nix::path_info::{PathInfo, Trust};
 use muster::nix::store_path::StoreDir;
-use muster::substituter::member::Member;
-use muster::substituter::{Options, Setup, Substituter, ahead, health};
-use muster::upstream::binary_cache::{BinaryCache, BinaryCacheOptions};
-use muster::upstream::cache_http::CacheHttp;
-use muster::upstream::http_client::{Access, HttpClient, HttpOptions};
-use muster::upstream::http_tls::tls;
-use muster::upstream::http_url::CacheUrl;
+use muster::substituter::{Options, Substituter, ahead};
+use muster::upstream::Upstream;
+use muster::upstream::binary_cache::BinaryCacheOptions;
 use muster::upstream::peer_closures::{BYTES_MAX, PeerClosureOptions};
-use muster::upstream::{Link, Upstream};
+use support::peer::{member, met_with, setup_of};
 use support::{Scripted, get, options, path, request, serve, setup};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep};
 
 type Path = (PathInfo, Bytes);
 
@@ -48,38 +42,16 @@ fn tree(count: u32) -> Vec<Path> {
 
 /// A substituter over one muster at this address.
 async fn over(address: SocketAddr, trust: Trust, options: Options) -> Substituter {
-    let name = format!("http://{address}");
-    let url = CacheUrl::parse(&name).unwrap();
-    let http = HttpOptions::default();
-    let client = HttpClient::new(url, tls(None).unwrap(), Access::default(), http.clone());
-    let files = CacheHttp::new(client, http, Decoder::default(), QUERY_TIMEOUT);
-    let cache = BinaryCacheOptions {
-        catalog: None,
+    let bounds = BinaryCacheOptions {
         closures: PeerClosureOptions {
             bytes_max: 1 << 20,
             paths_max: 300,
         },
         ..BinaryCacheOptions::default()
     };
-    let (store_dir, decoder) = (StoreDir::default(), Decoder::default());
-    let cache = BinaryCache::start(name, store_dir, Arc::new(files), decoder, cache);
-    let mut link = cache.link();
-    let up = link.wait_for(|link| matches!(link, Link::Up { .. }));
-    drop(timeout(Duration::from_secs(10), up).await.unwrap());
-    let health = health::Options::default();
-    let member = Member::new(
-        UpstreamId(0),
-        Arc::new(cache),
-        trust,
-        health,
-        Instant::now().into(),
-    );
-    let nothing = setup(&[], &Trust::Operator, Encoding::None);
-    let all = Setup {
-        members: vec![Arc::new(member)],
-        publisher: nothing.publisher,
-    };
-    support::new_substituter(options, all)
+    let mut member = member(0, met_with(address, bounds).await.0);
+    member.trust = trust;
+    support::new_substituter(options, setup_of([member]))
 }
 
 /// Asks for the top and waits until so many path infos were fetched ahead.
@@ -170,16 +142,9 @@ async fn carry(
 async fn peer(paths: &[Path]) -> (support::Served, Arc<Scripted>, Substituter) {
     let store = Scripted::new("own");
     paths.iter().for_each(|(info, nar)| store.add(info, nar));
-    let upstream = Arc::clone(&store) as Arc<dyn Upstream>;
-    let health = health::Options::default();
-    let now = Instant::now().into();
-    let member = Member::new(UpstreamId(0), upstream, Trust::Operator, health, now);
-    let nothing = setup(&[], &Trust::Operator, Encoding::None);
-    let substituter = support::new_substituter(options(), nothing);
-    substituter.replace(Setup {
-        members: vec![Arc::new(member.of_own_store(true))],
-        publisher: setup(&[], &Trust::Operator, Encoding::None).publisher,
-    });
+    let substituter = support::new_substituter(options(), setup_of([]));
+    let own = member(0, Arc::clone(&store) as Arc<dyn Upstream>);
+    substituter.replace(setup_of([own.of_own_store(true)]));
     (serve(substituter.clone()).await, store, substituter)
 }
 
@@ -529,5 +494,3 @@ async fn each_narinfo_of_a_closure_is_checked_as_any_other() {
     assert!(substituter.narinfo(paths[7].0.path.hash()).await.is_some());
     assert!(substituter.narinfo(paths[8].0.path.hash()).await.is_none());
 }
-
-const QUERY_TIMEOUT: Duration = Duration::from_secs(3);

@@ -6,20 +6,12 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use muster::cache::memory::UpstreamId;
-use muster::codec::compression::Encoding;
-use muster::codec::decompress::Decoder;
-use muster::nix::path_info::{PathInfo, Trust};
-use muster::nix::store_path::StoreDir;
+use muster::nix::path_info::PathInfo;
+use muster::substituter::Substituter;
 use muster::substituter::member::Member;
-use muster::substituter::{Setup, Substituter, health};
-use muster::upstream::binary_cache::{BinaryCache, BinaryCacheOptions};
-use muster::upstream::cache_http::CacheHttp;
-use muster::upstream::http_client::{Access, HttpClient, HttpOptions};
-use muster::upstream::http_tls::tls;
-use muster::upstream::http_url::CacheUrl;
-use muster::upstream::{Link, Upstream};
-use support::{Answer, Scripted, Served, get, nar_target, options, path, request, serve, setup};
+use muster::upstream::Upstream;
+use support::peer::{member, met, narinfo, setup_of};
+use support::{Answer, Scripted, Served, get, nar_target, options, path, request, serve};
 
 const OWN_STORE: &str = "Muster-Scope: own-store\r\n";
 
@@ -31,8 +23,7 @@ struct Muster {
 
 impl Muster {
     async fn new() -> Self {
-        let nothing = setup(&[], &Trust::Operator, Encoding::None);
-        let substituter = support::new_substituter(options(), nothing);
+        let substituter = support::new_substituter(options(), setup_of([]));
         let served = serve(substituter.clone()).await;
         Self {
             substituter,
@@ -41,11 +32,7 @@ impl Muster {
     }
 
     fn ask(&self, members: Vec<Member>) {
-        let nothing = setup(&[], &Trust::Operator, Encoding::None);
-        self.substituter.replace(Setup {
-            members: members.into_iter().map(Arc::new).collect(),
-            publisher: nothing.publisher,
-        });
+        self.substituter.replace(setup_of(members));
     }
 
     fn address(&self) -> SocketAddr {
@@ -61,48 +48,15 @@ impl Muster {
     }
 }
 
-fn narinfo(info: &PathInfo) -> String {
-    format!("/{}.narinfo", info.path.hash())
-}
-
 /// What a muster offers to others.
 async fn offers(muster: &Muster) -> Option<String> {
     let answer = get(muster.address(), "/nix-cache-info").await;
     answer.header("muster-offers").map(str::to_owned)
 }
 
-fn member(number: u16, upstream: Arc<dyn Upstream>) -> Member {
-    let options = health::Options::default();
-    let id = UpstreamId(number);
-    Member::new(id, upstream, Trust::Operator, options, Instant::now())
-}
-
 /// A muster as the upstream of another.
 async fn peer(number: u16, address: SocketAddr) -> Member {
-    let name = format!("http://{address}");
-    let url = CacheUrl::parse(&name).unwrap();
-    let options = HttpOptions::default();
-    let access = Access::default();
-    let client = HttpClient::new(url, tls(None).unwrap(), access, options.clone());
-    let files = CacheHttp::new(client, options, Decoder::default(), Duration::from_secs(5));
-    let cache = BinaryCache::start(
-        name,
-        StoreDir::default(),
-        Arc::new(files),
-        Decoder::default(),
-        BinaryCacheOptions {
-            catalog: None,
-            ..BinaryCacheOptions::default()
-        },
-    );
-    let mut link = cache.link();
-    let up = link.wait_for(|link| matches!(link, Link::Up { .. }));
-    drop(
-        tokio::time::timeout(Duration::from_secs(10), up)
-            .await
-            .unwrap(),
-    );
-    member(number, Arc::new(cache))
+    member(number, met(address).await.0)
 }
 
 /// Two musters that name each other, each with a store of its own.
