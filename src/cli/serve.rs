@@ -6,8 +6,9 @@ use clap::builder::{PossibleValuesParser, TypedValueParser as _};
 use tracing::warn;
 
 use super::logging;
-use crate::config::raw::{PRIORITY_MAX, RawConfig, RawUpstream};
-use crate::config::values::{Bytes, FromText, List, MachinesSetting, Number, Text};
+use super::settings::Settings;
+use crate::config::raw::{PRIORITY_MAX, RawConfig};
+use crate::config::values::{Bytes, FromText, Number, Text};
 use crate::config::{CompressionSetting, Config, ListenAddress, LogFormat, Look};
 use crate::nix::store_uri::StoreUri;
 
@@ -147,26 +148,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
 impl Args {
     /// Replaces what the file says by what the flags say; lists are replaced as a whole.
     fn lay_over(&self, raw: &mut RawConfig) {
-        let list = |paths: &[PathBuf]| List(paths.iter().cloned().map(Text).collect());
-        if !self.listen.is_empty() {
-            raw.listen = Some(List(self.listen.iter().cloned().map(Text).collect()));
-        }
-        if !self.upstreams.is_empty() {
-            let upstreams = self.upstreams.iter().cloned().map(RawUpstream::new);
-            raw.upstreams = Some(List(upstreams.collect()));
-        }
-        if let Some(path) = &self.machines {
-            raw.machines = Some(MachinesSetting::File(path.clone()));
-        }
-        if self.no_machines {
-            raw.machines = Some(MachinesSetting::Off);
-        }
-        if self.no_local_daemon {
-            raw.local_daemon = Some(false);
-        }
-        if !self.secret_key_files.is_empty() {
-            raw.secret_key_files = Some(list(&self.secret_key_files));
-        }
+        Settings::of_serve(self).lay_over(raw);
         if let Some(compression) = self.compression {
             // A level in the file belongs to the compression there.
             raw.compression_level = raw.compression_level.take().filter(|_| {

@@ -93,7 +93,7 @@ impl Settings {
     }
 
     /// Replaces what the file says by what the flags say; lists are replaced as a whole.
-    fn lay_over(&self, raw: &mut RawConfig) {
+    pub(super) fn lay_over(&self, raw: &mut RawConfig) {
         if !self.listen.is_empty() {
             raw.listen = Some(List(self.listen.iter().cloned().map(Text).collect()));
         }
