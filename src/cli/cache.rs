@@ -93,7 +93,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
             let census = open()?.census(|n| progress.inc(n));
             progress.finish_and_clear();
             let census = census.with_context(|| cannot_read(&dir))?;
-            show(
+            super::show(
                 args.json,
                 || stats_json(&dir, &census),
                 || stats_text(&dir, &census),
@@ -142,16 +142,12 @@ fn verify(args: &Args, dir: &Path, config: &Config, dry_run: bool) -> anyhow::Re
         let removed = upkeep.remove_wrong(&findings);
         removed.with_context(|| cannot_write(dir))?;
     }
-    show(
+    super::show(
         args.json,
         || findings_json(&findings, dry_run),
         || findings_text(&findings, dry_run),
     )?;
-    Ok(if findings.wrong.is_empty() {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    Ok(super::status_of(findings.wrong.is_empty()))
 }
 
 fn exclusive(dir: &Path, config: &Config, instead: &str) -> anyhow::Result<Upkeep> {
@@ -173,7 +169,7 @@ fn removals(json: bool, removed: Removed) -> anyhow::Result<ExitCode> {
         let (freed, left) = (HumanBytes(bytes), HumanBytes(bytes_left));
         format!("removed {nars} NARs, {freed}; {left} are left\n")
     };
-    show(json, value, text)?;
+    super::show(json, value, text)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -240,19 +236,6 @@ fn findings_text(findings: &Findings, dry_run: bool) -> String {
         "{right} NARs are right, {bytes}; {wrong} are wrong{fate}\n"
     ));
     text
-}
-
-fn show(
-    json: bool,
-    value: impl FnOnce() -> Value,
-    text: impl FnOnce() -> String,
-) -> anyhow::Result<()> {
-    let text = match json {
-        true => format!("{:#}\n", value()),
-        false => text(),
-    };
-    super::print(&text)?;
-    Ok(())
 }
 
 /// Progress on standard error, and only where that is a terminal.

@@ -84,15 +84,12 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         );
     }
     let failed = count(&subjects, Outcome::Failed);
-    let text = match args.json {
-        true => format!("{:#}\n", to_json(&subjects)),
-        false => to_text(&subjects, args.verbose),
-    };
-    super::print(&text)?;
-    Ok(match failed {
-        0 => ExitCode::SUCCESS,
-        _ => ExitCode::FAILURE,
-    })
+    super::show(
+        args.json,
+        || to_json(&subjects),
+        || to_text(&subjects, args.verbose),
+    )?;
+    Ok(super::status_of(failed == 0))
 }
 
 impl Args {

@@ -45,16 +45,13 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         Err(error) => return Err(error),
     };
     let ok = config.machines_errors.is_empty();
-    let text = match args.json {
-        true => format!("{:#}\n", to_json(path.as_deref(), &config)),
-        false => to_text(path.as_deref(), &config),
-    };
-    super::print(&text)?;
-    Ok(if ok {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    let path = path.as_deref();
+    super::show(
+        args.json,
+        || to_json(path, &config),
+        || to_text(path, &config),
+    )?;
+    Ok(super::status_of(ok))
 }
 
 fn to_text(path: Option<&Path>, config: &Config) -> String {

@@ -19,8 +19,10 @@ pub mod why;
 
 use std::io::{self, ErrorKind, IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser, Subcommand};
+use serde_json::Value;
 
 use crate::config::raw::RawConfig;
 use crate::config::{Config, ConfigFile, Environment, Look};
@@ -93,6 +95,27 @@ fn print(text: &str) -> io::Result<()> {
     match written {
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
         written => written,
+    }
+}
+
+/// Writes what a command found, as JSON or as text.
+fn show(
+    json: bool,
+    value: impl FnOnce() -> Value,
+    text: impl FnOnce() -> String,
+) -> io::Result<()> {
+    let text = match json {
+        true => format!("{:#}\n", value()),
+        false => text(),
+    };
+    print(&text)
+}
+
+/// Returns the exit status of a command that found all well, or not.
+fn status_of(all_is_well: bool) -> ExitCode {
+    match all_is_well {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
     }
 }
 

@@ -128,15 +128,8 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     display.draw();
     drop(display);
     let report = report::Report::new(&config, &stores, order.mode);
-    super::print(&match args.json {
-        true => format!("{:#}\n", report.to_json()),
-        false => report.to_text(),
-    })?;
-    Ok(if report.ok() {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    super::show(args.json, || report.to_json(), || report.to_text())?;
+    Ok(super::status_of(report.ok()))
 }
 
 impl Args {

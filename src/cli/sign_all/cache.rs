@@ -71,15 +71,8 @@ pub(super) fn run(args: &Args, named: Option<&PathBuf>) -> anyhow::Result<ExitCo
             .collect(),
         seconds: begun.elapsed().as_secs_f64(),
     };
-    super::super::print(&match args.json {
-        true => format!("{:#}\n", report.to_json()),
-        false => report.to_text(),
-    })?;
-    Ok(if report.ok() {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    super::super::show(args.json, || report.to_json(), || report.to_text())?;
+    Ok(super::super::status_of(report.ok()))
 }
 
 fn lay_over(raw: &mut RawConfig, args: &Args, named: Option<&PathBuf>) {
