@@ -21,6 +21,20 @@ fn narinfo_target(info: &muster::nix::path_info::PathInfo) -> String {
     format!("/{}.narinfo", info.path.hash())
 }
 
+/// A server over one upstream, and where it gives a NAR that is checked whole first and one that is not.
+async fn small_and_large() -> (Arc<Scripted>, Served, [String; 2]) {
+    let a = Scripted::new("a");
+    let paths = [path(1, 1000, &[]), path(2, LARGE_BYTES, &[])];
+    paths.iter().for_each(|(info, nar)| a.add(info, nar));
+    let served = serve(substituter(std::slice::from_ref(&a))).await;
+    let [(small, _), (large, _)] = &paths;
+    let small = nar_target(&get(served.address, &narinfo_target(small)).await);
+    let large = nar_target(&get(served.address, &narinfo_target(large)).await);
+    (a, served, [small, large])
+}
+
+const LARGE_BYTES: usize = 5 << 20;
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_path_of_any_builder_is_found_signed_and_given_whole() {
     let (a, b) = (Scripted::new("a"), Scripted::new("b"));
@@ -144,20 +158,13 @@ async fn compressed_nars_decode_to_the_nar_and_have_no_ranges() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_flipped_last_byte_is_never_given_out() {
-    let a = Scripted::new("a");
-    let (small, small_nar) = path(1, 1000, &[]);
-    let (large, large_nar) = path(2, 5 << 20, &[]);
-    a.add(&small, &small_nar);
-    a.add(&large, &large_nar);
-    let served = serve(substituter(std::slice::from_ref(&a))).await;
-    let small = nar_target(&get(served.address, &narinfo_target(&small)).await);
-    let large = nar_target(&get(served.address, &narinfo_target(&large)).await);
+    let (a, served, [small, large]) = small_and_large().await;
     *a.nar_script.lock().unwrap() = NarScript::FlipLast;
     assert_eq!(get(served.address, &small).await.status, 404);
     for target in [large.clone(), format!("{large}.zst")] {
         let answer = get(served.address, &target).await;
         assert!(answer.cut || answer.status == 404, "{target}");
-        assert!(answer.body.len() < large_nar.len());
+        assert!(answer.body.len() < LARGE_BYTES);
     }
 }
 
@@ -284,14 +291,7 @@ async fn wrong_bytes_are_counted_against_those_who_gave_them() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn without_another_holder_a_small_nar_is_404_and_a_large_one_is_cut() {
-    let a = Scripted::new("a");
-    let (small, small_nar) = path(1, 1000, &[]);
-    let (large, large_nar) = path(2, 5 << 20, &[]);
-    a.add(&small, &small_nar);
-    a.add(&large, &large_nar);
-    let served = serve(substituter(std::slice::from_ref(&a))).await;
-    let small = nar_target(&get(served.address, &narinfo_target(&small)).await);
-    let large = nar_target(&get(served.address, &narinfo_target(&large)).await);
+    let (a, served, [small, large]) = small_and_large().await;
     for script in [NarScript::BreakAt(500), NarScript::StallAt(500)] {
         *a.nar_script.lock().unwrap() = script;
         assert_eq!(get(served.address, &small).await.status, 404);
