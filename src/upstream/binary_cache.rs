@@ -12,12 +12,12 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt as _};
 use moka::sync::Cache;
-use tokio::sync::{Semaphore, watch};
-use tokio::time::timeout;
+use tokio::sync::watch;
 
 use super::cache_files::{CacheFiles, FilePart, FileSize, FileStream, whole};
 use super::cache_http::decode_error;
 use super::cache_link::CacheLink;
+use super::cache_turns::{Turns, size_of};
 use super::catalog_feed::{FedCatalog, FeedOptions, FeedSource, FeedStream};
 use super::closures::Closures;
 use super::dialect::read_narinfo;
@@ -40,10 +40,7 @@ pub struct BinaryCache {
     link: CacheLink,
     places: Cache<StorePathHash, Arc<Place>>,
     decoder: Decoder,
-    large: Arc<Semaphore>,
-    small: Arc<Semaphore>,
-    /// KiB of those that share a connection.
-    shared_small: Arc<Semaphore>,
+    turns: Turns,
     options: BinaryCacheOptions,
     /// What a muster says of itself without being asked.
     catalog: Option<FedCatalog>,
@@ -111,9 +108,7 @@ impl BinaryCache {
             link,
             places: Cache::new(options.places_max),
             decoder,
-            large: Arc::new(Semaphore::new(options.large_max.clamp(1, TRANSFERS_MAX))),
-            small: Arc::new(Semaphore::new(options.small_max.clamp(1, TRANSFERS_MAX))),
-            shared_small: Arc::new(Semaphore::new(options.shared_small_kib.max(1) as usize)),
+            turns: Turns::new(&options),
             options,
         }
     }
@@ -150,25 +145,6 @@ impl BinaryCache {
         };
         let same = narinfo.info.path == info.path;
         Ok(self.places.get(&hash).filter(fits).filter(|_| same))
-    }
-
-    /// Waits for this transfer's turn; the permit goes with the stream.
-    async fn turn(&self, nar_size: u64) -> Result<tokio::sync::OwnedSemaphorePermit, Error> {
-        let kib = u32::try_from(nar_size.div_ceil(1024)).unwrap_or(u32::MAX);
-        let kib_max = self.options.shared_small_kib.max(1);
-        let (turns, count) = match size_of(nar_size) {
-            FileSize::Small if self.files.shares_connections() => {
-                (&self.shared_small, kib.max(SHARED_KIB_LEAST).min(kib_max))
-            }
-            FileSize::Small => (&self.small, 1),
-            FileSize::Large => (&self.large, 1),
-        };
-        let after = self.options.turn_timeout;
-        let question = "a turn to send a NAR";
-        match timeout(after, Arc::clone(turns).acquire_many_owned(count)).await {
-            Ok(permit) => permit.map_err(|_| Error::Down("it is being closed".into())),
-            Err(_) => Err(Error::TimedOut { question, after }),
-        }
     }
 
     /// Opens the file of a NAR; where it has moved, at its new place.
@@ -299,7 +275,7 @@ impl Upstream for BinaryCache {
 
     async fn nar(&self, info: &PathInfo) -> Result<Option<NarStream>, Error> {
         self.link.ready().await?;
-        let permit = self.turn(info.nar_size).await?;
+        let permit = self.turns.next(info.nar_size, &*self.files).await?;
         let Some((place, file)) = self.open(info).await? else {
             return Ok(None);
         };
@@ -334,7 +310,7 @@ impl Upstream for BinaryCache {
         offset: u64,
     ) -> Result<Option<FilePart>, Error> {
         self.link.ready().await?;
-        let permit = self.turn(info.nar_size).await?;
+        let permit = self.turns.next(info.nar_size, &*self.files).await?;
         let size = size_of(info.nar_size);
         let opened = self.files.open(&nar.place, offset, size).await;
         let Some(FilePart { begins_at, bytes }) = self.link.note(opened)? else {
@@ -424,14 +400,6 @@ fn packed_as(log: &[u8]) -> Option<Compression> {
     found.map(|(_, compression)| compression)
 }
 
-/// Tells whether a NAR's file is a small one, as far as its way is concerned.
-fn size_of(nar_size: u64) -> FileSize {
-    match nar_size {
-        0..=SMALL_BYTES_MAX => FileSize::Small,
-        _ => FileSize::Large,
-    }
-}
-
 /// What a file may have at most: no compression makes a NAR much larger than it is.
 fn file_bytes_max(nar_size: u64) -> u64 {
     nar_size
@@ -499,11 +467,4 @@ const MUSTER: &str = "muster/";
 const CATALOG: &str = "muster/catalog";
 
 const NARINFO_BYTES_MAX: usize = 1 << 20;
-const SMALL_BYTES_MAX: u64 = 4 << 20;
 const CHUNK_BYTES_MAX: usize = 256 << 10;
-
-/// What the smallest NAR counts as, where they share a connection: 200 at once.
-const SHARED_KIB_LEAST: u32 = 20;
-
-/// Keeps a typing error from the semaphores.
-const TRANSFERS_MAX: usize = 1000;
