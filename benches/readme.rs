@@ -122,5 +122,33 @@ fn saved_figures_are_read_again() {
     assert!(read.picture("Title", "below").contains("0.60"));
 }
 
+/// Words beside a bar ran into it.
+#[test]
+fn words_end_before_the_bars_begin() {
+    use figures::{Goal, Unit};
+    let mut figures = Figures::default();
+    let (what, anchor) = (
+        ["word"; 15].join(" "),
+        "over the line, no catalog, level by level",
+    );
+    for (via, seconds) in [(&*["way"; 10].join(", "), 0.5), (anchor, 1.0)] {
+        figures.add(&what, "2.34", via, Unit::Seconds, seconds);
+    }
+    let via = ["way"; 10].join(", ");
+    figures.set_goal(&what, "2.34", &via, Goal::Times(0.7, anchor));
+    let picture = figures.picture("Title", "below");
+    let beside = picture.lines().filter(|line| {
+        let is_words = line.starts_with("<text x=\"20\"");
+        is_words && !line.contains("title") && !line.contains(">below<")
+    });
+    let words = beside.filter_map(|line| line.split_once('>')?.1.strip_suffix("</text>"));
+    let words: Vec<_> = words.collect();
+    assert!(words.len() >= 4, "{words:?}");
+    assert!(words.iter().all(|line| line.len() <= 61), "{words:?}");
+    let all = words.join(" ");
+    let expected = format!("{what}, Nix 2.34 {via} 0.500 s, {anchor} 1.000 s");
+    assert_eq!(all, expected);
+}
+
 const README: &str = "README.md";
 const PLOTS: &str = "benches/plots";

@@ -76,8 +76,15 @@ impl Figures {
             })
             .collect();
         _ = writeln!(svg, r##"<path d="{}" class="curve"/>"##, line.trim_end());
-        for (x, number, series) in places {
-            panel.draw_point(svg, x, number, series);
+        let corners = places
+            .iter()
+            .map(|(x, _, series)| (*x, panel.y_of(median(&series.samples))));
+        let corners: Vec<_> = corners.collect();
+        for (place, (x, number, series)) in places.into_iter().enumerate() {
+            let before = place.checked_sub(1).and_then(|before| corners.get(before));
+            let beside = before.into_iter().chain(corners.get(place + 1));
+            let words_y = panel.words_y(x, series, beside.copied());
+            panel.draw_point(svg, x, number, series, words_y);
         }
     }
 }
@@ -131,7 +138,30 @@ impl Panel {
         );
     }
 
-    fn draw_point(&self, svg: &mut String, x: f64, number: f64, series: &Series) {
+    /// Returns where the value of a point stands: above it, or below where a line to the points beside it leaves no
+    /// room above, and there is some below.
+    fn words_y(
+        &self,
+        x: f64,
+        series: &Series,
+        beside: impl Iterator<Item = (f64, f64)> + Clone,
+    ) -> f64 {
+        let value = median(&series.samples);
+        let (low, high) = quartiles(&series.samples);
+        let y = self.y_of(value);
+        let above = self.y_of(value.max(high)) - 9.0;
+        let below = self.y_of(value.min(low)) + 19.0;
+        // How far the line is from the point's height where the words end.
+        let mut rises = beside.map(|(at, to)| (to - y) * WORDS_HALF / (at - x).abs());
+        let is_crossed_below = rises.clone().any(|rise| rise > 5.0);
+        let is_crossed_above = rises.any(|rise| rise < -5.0);
+        match is_crossed_above && !is_crossed_below && below < self.bottom - 4.0 {
+            true => below,
+            false => above,
+        }
+    }
+
+    fn draw_point(&self, svg: &mut String, x: f64, number: f64, series: &Series, words_y: f64) {
         let value = median(&series.samples);
         let (low, high) = quartiles(&series.samples);
         _ = writeln!(
@@ -143,7 +173,7 @@ impl Panel {
             self.y_of(low),
             self.y_of(high),
             self.y_of(value),
-            self.y_of(value.max(high)) - 9.0,
+            words_y,
             short(value),
             self.bottom + 18.0,
             grouped(number),
@@ -200,3 +230,5 @@ fn grouped(number: f64) -> String {
 const WIDTH: f64 = 940.0;
 const PANEL_WIDTH: f64 = 455.0;
 const PANEL_HEIGHT: f64 = 264.0;
+/// From the middle of a value to its end.
+const WORDS_HALF: f64 = 14.0;

@@ -2,18 +2,18 @@
 
 use std::fmt::Write as _;
 
-use super::style::{self, TOP, escape};
+use super::style::{self, TOP, escape, wrapped};
 use super::{Figures, Goal, Series, median, quartiles};
 
 /// One bar.
 struct Bar {
-    label: String,
+    label: Vec<String>,
     ratio: f64,
     /// Between which half of the pairs lie.
     spread: (f64, f64),
     goal: Option<f64>,
-    /// Both medians.
-    values: String,
+    /// Both medians: in a line of their own each where one line has no room for them.
+    values: Vec<String>,
 }
 
 impl Figures {
@@ -24,7 +24,7 @@ impl Figures {
         let longest = longest.fold(1.25, f64::max).min(LONGEST);
         let scale = BAR_WIDTH / longest;
         let first = TOP + 22.0;
-        let height = first + ROW * bars.len() as f64 + 20.0;
+        let height = first + bars.iter().map(Bar::height).sum::<f64>() + 20.0;
         let mut svg = style::begin(title, subtitle, WIDTH, height);
         let anchor = LEFT + scale;
         _ = writeln!(
@@ -41,8 +41,10 @@ impl Figures {
             WIDTH - 60.0,
             TOP + 6.0,
         );
-        for (place, bar) in bars.iter().enumerate() {
-            bar.draw(&mut svg, first + ROW * place as f64, scale, longest);
+        let mut y = first;
+        for bar in &bars {
+            bar.draw(&mut svg, y, scale, longest);
+            y += bar.height();
         }
         svg.push_str("</svg>\n");
         svg
@@ -61,23 +63,38 @@ impl Figures {
             version => format!(", Nix {version}"),
         };
         let ratio = median(&ratios);
+        let one = |via: &str, series: &Series| {
+            let median = series.unit.show(median(&series.samples));
+            format!("{via} {median}")
+        };
+        let own = one(&series.via, series);
+        let other = one(anchor, &self.series[beside]);
+        let both = format!("{own}, {other}");
+        let values = match both.chars().count() <= VALUES_CHARS {
+            true => vec![both],
+            false => [format!("{own},"), other]
+                .iter()
+                .flat_map(|part| wrapped(part, VALUES_CHARS))
+                .collect(),
+        };
         let bar = Bar {
-            label: format!("{}{client}", series.what),
+            label: wrapped(&format!("{}{client}", series.what), LABEL_CHARS),
             ratio,
             spread: quartiles(&ratios),
             goal,
-            values: format!(
-                "{} {}, {anchor} {}",
-                series.via,
-                series.unit.show(median(&series.samples)),
-                series.unit.show(median(&self.series[beside].samples)),
-            ),
+            values,
         };
         (ratio.is_finite() && series.via != anchor).then_some(bar)
     }
 }
 
 impl Bar {
+    /// With the words beside it and the space below.
+    fn height(&self) -> f64 {
+        let lines = self.label.len() + self.values.len();
+        (LINE * lines as f64 + 12.0).max(ROW_MIN)
+    }
+
     fn draw(&self, svg: &mut String, y: f64, scale: f64, longest: f64) {
         let width = |ratio: f64| ratio.min(longest) * scale;
         let class = match self.goal {
@@ -85,16 +102,17 @@ impl Bar {
             Some(_) => "bad",
             None => "plain",
         };
+        let label = self.label.iter().map(|line| (line, ""));
+        let values = self.values.iter();
+        let values = values.map(|line| (line, r##" class="faint small""##));
+        for (place, (line, class)) in label.chain(values).enumerate() {
+            let (y, line) = (y + 12.0 + LINE * place as f64, escape(line));
+            _ = writeln!(svg, r##"<text x="20" y="{y:.1}"{class}>{line}</text>"##);
+        }
         _ = writeln!(
             svg,
-            r##"<text x="20" y="{:.1}">{}</text>
-<text x="20" y="{:.1}" class="faint small">{}</text>
-<rect x="{LEFT}" y="{:.1}" width="{:.1}" height="16" class="{class}"/>
+            r##"<rect x="{LEFT}" y="{:.1}" width="{:.1}" height="16" class="{class}"/>
 <path d="M{:.1} {:.1} H{:.1}" class="ink"/>"##,
-            y + 12.0,
-            escape(&self.label),
-            y + 27.0,
-            escape(&self.values),
             y + 6.0,
             width(self.ratio),
             LEFT + width(self.spread.0),
@@ -108,7 +126,8 @@ impl Bar {
             end = end.max(width(goal));
         }
         // Not upon the anchor's line.
-        if (end - scale).abs() < 12.0 || end < scale && end + 40.0 > scale {
+        let number_width = if self.goal.is_some() { 92.0 } else { 40.0 };
+        if end < scale && end + number_width > scale {
             end = scale;
         }
         let goal = self.goal.map_or_else(String::new, |goal| {
@@ -127,6 +146,11 @@ impl Bar {
 const WIDTH: f64 = 940.0;
 const LEFT: f64 = 400.0;
 const BAR_WIDTH: f64 = 400.0;
-const ROW: f64 = 40.0;
+/// From one line of words to the next, and what a row takes at least.
+const LINE: f64 = 14.0;
+const ROW_MIN: f64 = 40.0;
+/// What surely ends before the bars begin, in a wide font, too; the values are written smaller.
+const LABEL_CHARS: usize = 56;
+const VALUES_CHARS: usize = 61;
 /// Longer bars are cut; their number tells.
 const LONGEST: f64 = 4.0;

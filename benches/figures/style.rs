@@ -29,7 +29,7 @@ pub(super) fn begin(title: &str, subtitle: &str, width: f64, height: f64) -> Str
 pub(super) const TOP: f64 = 84.0;
 
 /// Words in lines of so many characters.
-fn wrapped(text: &str, chars_max: usize) -> Vec<String> {
+pub(super) fn wrapped(text: &str, chars_max: usize) -> Vec<String> {
     let mut lines: Vec<String> = Vec::new();
     for word in text.split_whitespace() {
         match lines.last_mut() {
