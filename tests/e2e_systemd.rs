@@ -388,6 +388,18 @@ fn the_package_is_installed_started_upgraded_removed_and_purged() {
     systemd
         .run("gzip -dc /usr/share/man/man1/muster-serve.1.gz | grep -q 'muster.serve'")
         .ok();
+    // What the README and the configuration name is there.
+    let documents = "cd /usr/share/doc/muster && \
+                     for file in $(grep -o '(examples/[a-z/]*\\.\\(toml\\|conf\\))' README.md | tr -d '()') \
+                     $(grep -o '/usr/share/doc/muster/[a-z/.]*' /etc/muster/muster.toml); do \
+                     test -s $file && echo $file; done | sort -u";
+    assert_eq!(
+        systemd.run(documents).ok().out,
+        "/usr/share/doc/muster/examples/config.toml\nexamples/config.toml\nexamples/nginx/muster.conf\n"
+    );
+    systemd
+        .run("grep -q 'proxy_pass http://muster;' /usr/share/doc/muster/examples/nginx/muster.conf")
+        .ok();
     systemd
         .run("bash -n /usr/share/bash-completion/completions/muster")
         .ok();
