@@ -47,6 +47,11 @@ async fn is_proven(upstream: &dyn Upstream, path: &StorePath) -> bool {
     matches!(opened, OpenedNar::Proven(..))
 }
 
+/// Lets the tick be over in which a path was made or changed: until then it is hashed each time.
+async fn tick() {
+    tokio::time::sleep(Duration::from_millis(100)).await;
+}
+
 async fn has(upstream: &dyn Upstream, path: &StorePath) -> bool {
     upstream.path_info(path.hash()).await.unwrap().is_some()
 }
@@ -324,6 +329,7 @@ async fn files_that_changed_are_never_given_whole() {
     let local = builder.in_place(Path::new(NOWHERE), LocalOptions::default());
     up(&local).await;
     assert!(!is_proven(&local, &path).await);
+    tick().await;
     assert!(read_checked(&local, &path).await.unwrap() == nar_of(&content));
     assert!(is_proven(&local, &path).await);
     assert!(read_checked(&local, &path).await.unwrap() == nar_of(&content));
@@ -371,6 +377,7 @@ async fn a_later_file_that_changed_ends_the_nar_before_it() {
     let path = builder.store_dir.parse(path.trim()).unwrap();
     let local = builder.in_place(Path::new(NOWHERE), LocalOptions::default());
     up(&local).await;
+    tick().await;
     let nar = read_checked(&local, &path).await.unwrap();
     assert!(is_proven(&local, &path).await);
 
@@ -414,6 +421,7 @@ async fn another_link_to_a_file_is_no_other_file() {
     assert!(read_checked(&local, &path).await.unwrap() == nar_of(&content));
     fs::hard_link(&file, builder.path("one")).unwrap();
     assert!(!is_proven(&local, &path).await);
+    tick().await;
     assert!(read_checked(&local, &path).await.unwrap() == nar_of(&content));
 
     // While it is read, too.
@@ -434,6 +442,7 @@ async fn a_file_that_is_written_to_while_it_is_read_is_never_given_whole() {
     let file = builder.path("store").join(path.as_str());
     let local = builder.in_place(Path::new(NOWHERE), LocalOptions::default());
     up(&local).await;
+    tick().await;
     assert!(read_checked(&local, &path).await.unwrap() == nar_of(&content));
     let info = local.path_info(path.hash()).await.unwrap().unwrap();
     let opened = local.open_nar(&info).await.unwrap().unwrap();

@@ -74,9 +74,7 @@ impl Packer {
             contents: None,
             left: nar_size,
             offset: 0,
-            ledger: before.map_or(Ledger::Noting(Vec::new()), |facts| {
-                Ledger::Comparing(facts, 0)
-            }),
+            ledger: before.map_or_else(Ledger::noting, Ledger::comparing),
             buffers,
         };
         let mut chunk = packer.buffer();
