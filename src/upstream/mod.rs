@@ -33,6 +33,8 @@ pub mod pulse;
 mod realisations;
 pub mod roots;
 pub mod runtime_dir;
+#[cfg(test)]
+mod said;
 pub mod serve_session;
 pub mod served;
 pub mod session;

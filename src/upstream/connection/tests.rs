@@ -1,108 +1,23 @@
 //! Scripted daemons over an in-memory pipe; real ones are in `tests/worker_protocol_real.rs`.
 
+mod daemon;
+
 use futures_util::future::{join_all, try_join_all};
-use tokio::io::{DuplexStream, ReadHalf, WriteHalf, split};
+use tokio::io::split;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use super::*;
 use crate::nix::nar::NarParser;
 use crate::nix::store_path::StorePathHash;
+use crate::upstream::said::{LAST, error, numbers, text};
+use daemon::{Asked, Daemon};
 
 const PATH: &str = "i4f75pn3bxkxdk2kld86k5qazq4cqj8i-hello";
-const LAST: u64 = 0x616c_7473;
-const ERROR: u64 = 0x6378_7470;
-
-/// A daemon of protocol 1.34 that does what a test says.
-struct Daemon {
-    reader: ReadHalf<DuplexStream>,
-    writer: WriteHalf<DuplexStream>,
-}
-
-#[derive(Debug, PartialEq, Eq)]
-enum Asked {
-    HashPart(String),
-    Nar(String),
-}
-
-impl Daemon {
-    async fn greet(stream: DuplexStream) -> Self {
-        let (reader, writer) = split(stream);
-        let mut daemon = Self { reader, writer };
-        daemon.number().await.unwrap();
-        daemon.number().await.unwrap();
-        daemon.say(&numbers(&[0x6478_696f, 0x122])).await;
-        daemon.number().await.unwrap();
-        daemon.number().await.unwrap();
-        daemon
-            .say(&[text("2.8.0"), numbers(&[LAST])].concat())
-            .await;
-        daemon
-    }
-
-    async fn number(&mut self) -> Option<u64> {
-        self.reader.read_u64_le().await.ok()
-    }
-
-    async fn text(&mut self) -> Option<String> {
-        let len = usize::try_from(self.number().await?).unwrap();
-        let mut bytes = vec![0; len.next_multiple_of(8)];
-        self.reader.read_exact(&mut bytes).await.ok()?;
-        bytes.truncate(len);
-        Some(String::from_utf8(bytes).unwrap())
-    }
-
-    async fn asked(&mut self) -> Option<Asked> {
-        let operation = self.number().await?;
-        let argument = self.text().await?;
-        Some(match operation {
-            29 => Asked::HashPart(argument),
-            38 => Asked::Nar(argument),
-            other => panic!("operation {other}"),
-        })
-    }
-
-    async fn say(&mut self, bytes: &[u8]) {
-        // A client that left is what some tests are about.
-        let _ = self.writer.write_all(bytes).await;
-        let _ = self.writer.flush().await;
-    }
-
-    /// Answers questions with "not there" until the client leaves; returns how many there were.
-    async fn answer_all(mut self) -> usize {
-        let mut count = 0;
-        while self.asked().await.is_some() {
-            count += 1;
-            self.say(&absent()).await;
-        }
-        count
-    }
-}
-
-fn numbers(numbers: &[u64]) -> Vec<u8> {
-    numbers.iter().flat_map(|n| n.to_le_bytes()).collect()
-}
-
-fn text(text: &str) -> Vec<u8> {
-    let mut out = numbers(&[text.len() as u64]);
-    out.extend_from_slice(text.as_bytes());
-    out.resize(out.len().next_multiple_of(8), 0);
-    out
-}
 
 /// The answer to a hash part that is not there.
 fn absent() -> Vec<u8> {
     numbers(&[LAST, 0])
-}
-
-fn error(words: &str) -> Vec<u8> {
-    let head = [
-        numbers(&[ERROR]),
-        text("Error"),
-        numbers(&[0]),
-        text("Error"),
-    ];
-    [head.concat(), text(words), numbers(&[0, 0])].concat()
 }
 
 /// A NAR of one file with `len` bytes.

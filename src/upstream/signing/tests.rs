@@ -10,6 +10,7 @@ use zeroize::Zeroizing;
 use super::*;
 use crate::nix::signature::{KeyName, SecretKey};
 use crate::nix::store_path::StoreDir;
+use crate::upstream::said::{LAST, error, numbers, text};
 use crate::upstream::wire::{Guard, Wire};
 
 /// A store whose daemon of protocol 1.34 does what a test says.
@@ -155,27 +156,6 @@ async fn read_text(stream: &mut DuplexStream) -> Option<String> {
     Some(String::from_utf8(bytes).unwrap())
 }
 
-fn numbers(numbers: &[u64]) -> Vec<u8> {
-    numbers.iter().flat_map(|n| n.to_le_bytes()).collect()
-}
-
-fn text(text: &str) -> Vec<u8> {
-    let mut out = numbers(&[text.len() as u64]);
-    out.extend_from_slice(text.as_bytes());
-    out.resize(out.len().next_multiple_of(8), 0);
-    out
-}
-
-fn error(words: &str) -> Vec<u8> {
-    let head = [
-        numbers(&[ERROR]),
-        text("Error"),
-        numbers(&[0]),
-        text("Error"),
-    ];
-    [head.concat(), text(words), numbers(&[0, 0])].concat()
-}
-
 fn numbered(place: usize) -> String {
     format!("/nix/store/{place:032}-x")
 }
@@ -203,9 +183,6 @@ async fn sign(store: &Arc<Store>, tally: &Arc<Tally>) -> Result<(), SigningError
     let bound = Duration::from_secs(30);
     timeout(bound, signing.run(stop)).await.expect("it ends")
 }
-
-const LAST: u64 = 0x616c_7473;
-const ERROR: u64 = 0x6378_7470;
 
 #[tokio::test]
 async fn paths_that_are_collected_in_between_cost_a_session_and_nothing_else() {
