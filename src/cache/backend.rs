@@ -147,7 +147,8 @@ pub trait Backend: Send + Sync + 'static {
     /// Forgets that upstreams have this NAR of a path, because they deny it.
     ///
     /// It shows at once. Where the NAR is kept nothing changes: who vouched for it did so when it was
-    /// taken in. A look-up that nobody is left for is forgotten.
+    /// taken in. A look-up that nobody is left for is forgotten; where more is denied than can be put down, so are
+    /// all others that no NAR is kept for.
     fn deny(&self, hash: StorePathHash, nar_hash: NarHash, upstreams: &[&str]);
 
     /// Takes over which keys sign now, at the start and when they or the trust in upstreams change.
