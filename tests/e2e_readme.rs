@@ -379,13 +379,6 @@ fn an_office_is_served_behind_nginx_with_tls() {
         "/root",
         &block("One laptop in front of its builders", 0),
     );
-    let examples = lab.share().join("examples/nginx");
-    fs::create_dir_all(&examples).expect("make a folder");
-    fs::copy(
-        project("examples/nginx/muster.conf"),
-        examples.join("muster.conf"),
-    )
-    .expect("copy it");
     office
         .run(
             "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=cache.example.org \
@@ -395,7 +388,7 @@ fn an_office_is_served_behind_nginx_with_tls() {
         )
         .ok();
     let lines = block("One muster for a whole office, behind nginx with TLS", 0);
-    follow(&office, "/lab", &lines);
+    follow(&office, "/root", &lines);
 
     let key = office.run("cat /var/lib/muster/secret-key.pub").ok().out;
     client.configure(&format!(
