@@ -23,7 +23,7 @@ use futures_util::future::{BoxFuture, FutureExt as _};
 use futures_util::stream::{Stream, StreamExt as _};
 use tokio::sync::Semaphore;
 
-use super::compressor::{Compressor, Levels};
+use super::compressor::{Compressor, Levels, encode_small};
 use crate::nix::narinfo::Compression;
 
 /// How a NAR is served.
@@ -161,7 +161,12 @@ impl Encoder {
         if encoding == Encoding::None {
             return Ok(nar);
         }
-        let at_once = nar.len() <= AT_ONCE_BYTES_MAX && levels.are_quick(encoding);
+        if nar.len() <= AT_ONCE_BYTES_MAX
+            && levels.are_quick(encoding)
+            && let Some(file) = encode_small(encoding, levels, &nar)?
+        {
+            return Ok(file.into());
+        }
         let work = move || {
             let Some(mut compressor) = Compressor::new(encoding, levels, nar.len() as u64)? else {
                 return Ok(nar);
@@ -169,9 +174,6 @@ impl Encoder {
             compressor.write(&nar)?;
             compressor.finish().map(Bytes::from)
         };
-        if at_once {
-            return work();
-        }
         self.run(work).await
     }
 

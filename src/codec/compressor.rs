@@ -4,6 +4,7 @@
 //! stream of one block with CRC-64. It is slow (zstd 3: about 470 MB/s; xz 1: 46 MB/s of programs, 3 MB/s of
 //! random bytes): call it from a blocking thread, as [`super::compression`] does. Formats: RFC 8878 (zstd) and "The .xz File Format".
 
+use std::cell::RefCell;
 use std::io::{self, Write as _};
 use std::ops::RangeInclusive;
 
@@ -101,9 +102,69 @@ impl Compressor {
     }
 }
 
+/// Encodes a small NAR at one go with an encoder that its thread keeps: to make one takes longer than to use it.
+///
+/// What it keeps grows with the largest NAR that it has seen: 0.5 MiB after 32 KiB. `None` where there is
+/// nothing to encode, or no encoder is kept for this encoding.
+pub fn encode_small(encoding: Encoding, levels: Levels, nar: &[u8]) -> io::Result<Option<Vec<u8>>> {
+    if encoding != Encoding::Zstd {
+        return Ok(None);
+    }
+    let (least, most) = Levels::ZSTD.into_inner();
+    let level = levels.zstd.clamp(least, most);
+    KEPT.with_borrow_mut(|kept| {
+        let compressor = match kept {
+            Some((of, compressor)) if *of == level => compressor,
+            _ => {
+                let mut compressor = zstd::bulk::Compressor::new(level)?;
+                compressor.include_checksum(true)?;
+                compressor.include_contentsize(true)?;
+                &mut kept.insert((level, compressor)).1
+            }
+        };
+        compressor.compress(nar).map(Some)
+    })
+}
+
+thread_local! {
+    /// The encoder of this thread, and its level.
+    static KEPT: RefCell<Option<(i32, zstd::bulk::Compressor<'static>)>> = const { RefCell::new(None) };
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn small_nars_are_encoded_alike_whatever_was_encoded_before() {
+        let nars: Vec<Vec<u8>> = (0..40_usize)
+            .map(|n| {
+                (0..n * 800)
+                    .map(|i| u8::try_from(i / 7 % (n + 1)).unwrap())
+                    .collect()
+            })
+            .collect();
+        let encode = |level, nar: &Vec<u8>| {
+            let levels = Levels { zstd: level, xz: 1 };
+            encode_small(Encoding::Zstd, levels, nar).unwrap().unwrap()
+        };
+        let first: Vec<_> = nars.iter().map(|nar| encode(3, nar)).collect();
+        for (nar, file) in nars.iter().zip(&first).rev() {
+            encode(1, nar);
+            assert_eq!(&encode(3, nar), file);
+            assert_eq!(&zstd::decode_all(&file[..]).unwrap(), nar);
+            // Its size is in the frame, and its last four bytes are a checksum.
+            assert_eq!(
+                zstd::zstd_safe::get_frame_content_size(file).ok().flatten(),
+                Some(nar.len() as u64)
+            );
+            let mut damaged = file.clone();
+            *damaged.last_mut().unwrap() ^= 1;
+            assert!(zstd::decode_all(&damaged[..]).is_err());
+        }
+        let none = encode_small(Encoding::Xz, Levels::default(), &[0]);
+        assert!(none.unwrap().is_none());
+    }
 
     #[test]
     fn a_wrong_promise_of_size_is_no_frame() {
