@@ -35,7 +35,9 @@ use crate::nix::cache_info::CacheInfo;
 use crate::nix::signature::SecretKey;
 use crate::server::{self, Info};
 use crate::substituter::publish::Publisher;
-use crate::substituter::{self, Setup, Substituter, ahead, closure, filling, health, transfer};
+use crate::substituter::{
+    self, Setup, Substituter, ahead, closure, filling, health, transfer, write_behind,
+};
 
 use listeners::Opened;
 use upstreams::Upstreams;
@@ -255,6 +257,7 @@ fn substituter_options(config: &Config) -> substituter::Options {
             },
         },
         fill: filling::Options::default(),
+        write_behind: write_behind::Options::default(),
         prefetch: config.prefetch.then(|| closure::Options {
             whole: config.prefetch_closure,
             ..closure::Options::default()

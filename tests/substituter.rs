@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
+use futures_util::future::join_all;
 use muster::codec::compression::Encoding;
 use muster::nix::fingerprint;
 use muster::nix::path_info::{PathInfo, Trust};
@@ -447,6 +448,37 @@ async fn one_late_batch_does_not_make_a_builder_sick() {
     assert!(found(&substituter, &below[0].0).await);
 }
 
+/// Longer than promised paths are gathered before they are kept alive.
+const GATHERED: Duration = Duration::from_millis(60);
+
+#[tokio::test(start_paused = true)]
+async fn paths_promised_within_a_moment_are_kept_alive_at_one_go() {
+    let [a, b] = ["a", "b"].map(Scripted::new);
+    let paths: Vec<_> = (0..40).map(|number| path(number, 10, &[])).collect();
+    for (info, nar) in &paths {
+        a.add(info, nar);
+    }
+    for (info, nar) in &paths[..20] {
+        b.add(info, nar);
+    }
+    let substituter = substituter(&[a.clone(), b.clone()]);
+    // Asked second, so that a is the first holder of all.
+    *b.delay.lock().unwrap() = Duration::from_millis(1);
+    let all = join_all(paths.iter().map(|(info, _)| found(&substituter, info)));
+    assert!(all.await.into_iter().all(|found| found));
+    // Until b has answered, too.
+    sleep(Duration::from_millis(5)).await;
+    // Gone from a since: b keeps those that it has.
+    for (info, _) in &paths[10..30] {
+        a.remove(info);
+    }
+    sleep(GATHERED).await;
+    let together = |upstream: &Scripted| upstream.kept_together.lock().unwrap().clone();
+    assert_eq!((together(&a), together(&b)), (vec![40], vec![10]));
+    assert!(!found(&substituter, &paths[25].0).await, "nobody has it");
+    assert!(found(&substituter, &paths[15].0).await, "b has it");
+}
+
 #[tokio::test]
 async fn what_is_served_is_kept_alive_and_what_is_gone_is_forgotten() {
     let a = Scripted::new("a");
@@ -454,13 +486,13 @@ async fn what_is_served_is_kept_alive_and_what_is_gone_is_forgotten() {
     a.add(&info, &nar);
     let substituter = substituter(std::slice::from_ref(&a));
     assert!(found(&substituter, &info).await);
-    sleep(Duration::from_millis(20)).await;
+    sleep(GATHERED).await;
     assert_eq!(
         a.kept.lock().unwrap().as_slice(),
         std::slice::from_ref(&info.path)
     );
     assert!(found(&substituter, &info).await);
-    sleep(Duration::from_millis(20)).await;
+    sleep(GATHERED).await;
     assert_eq!(a.kept.lock().unwrap().len(), 1);
 
     let (gone, nar) = path(2, 100, &[&info]);
@@ -468,11 +500,11 @@ async fn what_is_served_is_kept_alive_and_what_is_gone_is_forgotten() {
     a.add(&gone, &nar);
     a.add(&top, &top_nar);
     assert!(found(&substituter, &top).await);
-    sleep(Duration::from_millis(20)).await;
+    sleep(GATHERED).await;
     a.remove(&gone);
     // Fetched ahead, so still answered once; keeping it alive shows that it is gone.
     assert!(found(&substituter, &gone).await);
-    sleep(Duration::from_millis(20)).await;
+    sleep(GATHERED).await;
     assert!(!found(&substituter, &gone).await);
 }
 

@@ -394,6 +394,34 @@ async fn roots_hold_for_two_lifetimes_and_no_longer() {
 }
 
 #[tokio::test]
+async fn many_roots_at_one_go_hold_as_single_ones_do() {
+    let builder = Builder::new();
+    let there: Vec<_> = (0..30)
+        .map(|n| builder.add(&format!("there-{n}"), format!("there {n}").as_bytes()))
+        .collect();
+    let sshd = builder.sshd("");
+    let upstream = builder.over_ssh(builder.target(sshd.port), quick());
+    assert!(upstream.keep(&there[3]).await.unwrap());
+    let mut asked = there.clone();
+    asked.insert(7, absent());
+    let is_there = |path: &StorePath| *path != absent();
+    for _ in 0..2 {
+        let kept = upstream.keep_many(&asked).await;
+        let kept: Vec<_> = kept.into_iter().map(Result::unwrap).collect();
+        assert_eq!(kept, asked.iter().map(is_there).collect::<Vec<_>>());
+        builder.collect_garbage();
+        for path in &there {
+            assert!(has(&upstream, path).await);
+        }
+        // What was lost is rooted anew, and asked for once more.
+        sshd.kill_sessions();
+        wait_for_async(|| sshd.sessions().len() >= 2).await;
+        sleep(Duration::from_secs(2)).await;
+        up(&upstream).await;
+    }
+}
+
+#[tokio::test]
 async fn roots_survive_the_loss_of_their_connection() {
     let builder = Builder::new();
     let kept = builder.add("kept", b"kept");

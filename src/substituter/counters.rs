@@ -56,6 +56,13 @@ pub struct Counters {
     pub nar_corrupt: Counter,
 }
 
+impl Counters {
+    /// Returns how much was asked for, narinfos and NARs together.
+    pub fn requests(&self) -> u64 {
+        self.narinfo_requests.value() + self.nar_requests.value()
+    }
+}
+
 impl Started {
     /// Returns for how long it has been counted.
     pub fn elapsed(&self) -> Duration {

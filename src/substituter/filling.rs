@@ -50,8 +50,6 @@ pub struct Options {
     /// Silence of a source after which a fill without clients is given up: time to go on from another
     /// holder, but no builder's channel is held for what nobody waits for.
     pub orphan_stall: Duration,
-    /// KiB of small NARs that wait to be written; further ones are not kept.
-    pub small_kib_max: u32,
 }
 
 impl Default for Options {
@@ -60,7 +58,6 @@ impl Default for Options {
             orphans_max: 4,
             orphan_bytes_max: 4 << 30,
             orphan_stall: Duration::from_secs(10),
-            small_kib_max: 64 << 10,
         }
     }
 }
@@ -72,7 +69,6 @@ pub(super) struct Fillings {
     // Never held over an await; no other lock is taken under it.
     running: Mutex<HashMap<Key, Arc<Filling>>>,
     orphans: Arc<Semaphore>,
-    small: Arc<Semaphore>,
     pub(super) decoder: Decoder,
 }
 
@@ -99,7 +95,6 @@ impl Fillings {
         Self {
             running: Mutex::default(),
             orphans: Arc::new(Semaphore::new(options.orphans_max)),
-            small: Arc::new(Semaphore::new(options.small_kib_max as usize)),
             decoder: Decoder::default(),
         }
     }
@@ -271,48 +266,6 @@ fn teed(
         }
     };
     nar.inspect(tee).boxed()
-}
-
-/// Writes a whole file on a blocking thread; `None`, and the cache has said so, when it cannot be.
-async fn write(mut fill: Fill, file: Bytes) -> Option<Fill> {
-    let written = tokio::task::spawn_blocking(move || fill.write(&file).ok().map(|()| fill));
-    written.await.ok()?
-}
-
-/// Keeps a small checked NAR in the background, if there is room to wait for the disk.
-///
-/// `bytes` are the NAR itself, or its zstd file where there is one already.
-pub(super) fn keep_small(source: &Source, bytes: Bytes, form: Form) {
-    let Some(intake) = Intake::of(source) else {
-        return;
-    };
-    let shared = Arc::clone(&intake.shared);
-    let kib = u32::try_from(bytes.len().div_ceil(1024))
-        .unwrap_or(u32::MAX)
-        .max(1);
-    let small = Arc::clone(&shared.fillings.small);
-    let Ok(permit) = small.try_acquire_many_owned(kib) else {
-        return;
-    };
-    shared.tasks.spawn(async move {
-        let shared = Arc::clone(&intake.shared);
-        let Some(fill) = intake.begin() else {
-            return;
-        };
-        let file = match form {
-            Form::File => Ok(bytes),
-            Form::Nar => {
-                shared.counters.nar_encoded.increment();
-                shared.encoder.encode_whole(Encoding::Zstd, bytes).await
-            }
-        };
-        if let Ok(file) = file
-            && let Some(fill) = write(fill, file).await
-        {
-            intake.commit(fill).await;
-        }
-        drop(permit);
-    });
 }
 
 impl Filling {

@@ -22,6 +22,7 @@ mod following;
 mod givers;
 pub mod health;
 mod intake;
+mod keeping;
 pub mod kept;
 mod lent;
 pub mod member;
@@ -39,6 +40,7 @@ mod shared;
 mod source;
 pub mod tasks;
 pub mod transfer;
+pub mod write_behind;
 mod writing;
 
 use std::sync::{Arc, PoisonError};
@@ -85,6 +87,8 @@ pub struct Options {
     pub transfer: transfer::Options,
     /// Of filling the cache.
     pub fill: filling::Options,
+    /// Of small NARs that wait to be kept.
+    pub write_behind: write_behind::Options,
     /// Of fetching path infos ahead; `None`: not done.
     pub prefetch: Option<closure::Options>,
     /// Of pulling NARs ahead; `None`: not done.
@@ -250,6 +254,7 @@ impl Substituter {
 
     /// Ends all background work and waits until it is gone.
     pub async fn stop(&self) {
+        self.shared.write_behind.flush().await;
         self.shared.tasks.stop().await;
         if let Some(own) = &self.own {
             own.tasks.stop().await;

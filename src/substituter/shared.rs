@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::sync::Semaphore;
-use tracing::{debug, warn};
+use tracing::warn;
 
 use crate::cache::backend::{Backend, NarFile};
 use crate::cache::memory::{Checked, Entry, Lookup, NarInfoCache, UpstreamId};
@@ -24,11 +24,13 @@ use super::ahead::Ahead;
 use super::berth::Berths;
 use super::counters::Counters;
 use super::filling::Fillings;
+use super::keeping::Keeping;
 use super::kept::{self, KEPT};
 use super::lent::Lending;
 use super::member::Member;
 use super::nar_url::NarUrl;
 use super::tasks::Tasks;
+use super::write_behind::WriteBehind;
 use super::{Options, Setup, now};
 
 /// Everything that handles, flights and background tasks share.
@@ -60,6 +62,10 @@ pub(super) struct Shared {
     /// What is kept beyond memory, if anything is.
     pub(super) kept: Option<Kept>,
     pub(super) fillings: Fillings,
+    /// Small NARs that are to be kept.
+    pub(super) write_behind: WriteBehind,
+    /// Paths that were promised, and are to be kept alive where they are.
+    pub(super) keeping: Keeping,
     /// NARs pulled before they are asked for.
     pub(super) ahead: Ahead,
     /// Small NARs that are being read; those who ask for the same meanwhile share it.
@@ -114,6 +120,8 @@ impl Shared {
                 }
             }),
             fillings: Fillings::new(&options.fill),
+            write_behind: WriteBehind::new(options.write_behind.clone()),
+            keeping: Keeping::default(),
             ahead: Ahead::new(options.ahead.clone()),
             // None is announced, so none is waited for.
             small_nars: SingleFlight::new(Duration::ZERO),
@@ -321,33 +329,6 @@ impl Shared {
         self.revalidating
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Has the path kept alive on a holder, in the background, where that is due.
-    pub(super) fn keep(self: &Arc<Self>, hash: StorePathHash, entry: &Arc<Entry>, now: Instant) {
-        if !entry.keep_is_due(self.options.keep_interval, now) {
-            return;
-        }
-        let (shared, entry) = (Arc::clone(self), Arc::clone(entry));
-        self.tasks.spawn(async move {
-            let setup = shared.setup();
-            let Some(path) = setup.parse(&entry).map(|info| info.path) else {
-                return;
-            };
-            for id in entry.holders() {
-                let Some(member) = setup.member(id).filter(|m| !m.is_sick()) else {
-                    continue;
-                };
-                match member.upstream.keep(&path).await {
-                    Ok(true) => return,
-                    Ok(false) => shared.forget_holder(hash, entry.nar_hash, id),
-                    Err(error) => {
-                        let upstream = member.upstream.name();
-                        debug!(upstream, %path, %error, "could not be kept alive");
-                    }
-                }
-            }
-        });
     }
 }
 

@@ -35,6 +35,7 @@ use super::query::{self, Wanted};
 use super::relay::Relay;
 use super::shared::Shared;
 use super::source::Source;
+use super::write_behind::WriteBehind;
 
 /// The bounds of transfers.
 #[derive(Clone, Debug)]
@@ -335,10 +336,13 @@ pub(super) fn encode(
     encoded.map(move |item| item.map_err(cut)).boxed()
 }
 
-/// Reads, checks and encodes a small NAR once there is room for it in memory.
+/// Reads, checks and encodes a small NAR once there is room for it in memory, unless it waits there to be kept.
 async fn whole(shared: &Arc<Shared>, source: Source, url: &NarUrl) -> Option<NarBody> {
     let room = shared.lending.room(source.info.nar_size).await?;
-    let bytes = read_shared(shared, source, *url).await?;
+    let bytes = match shared.write_behind.get(url) {
+        Some(bytes) => bytes,
+        None => read_shared(shared, source, *url).await?,
+    };
     Some(Lending::lend(shared, url, bytes, room))
 }
 
@@ -354,7 +358,7 @@ pub(super) async fn read_whole(shared: &Shared, source: Source, url: &NarUrl) ->
     if let Some(passing) = Passing::begin(&source, url).await
         && let Some(file) = passing.whole().await
     {
-        filling::keep_small(&source, file.clone(), Form::File);
+        WriteBehind::keep(&source, file.clone(), Form::File);
         return Some(file);
     }
     let keep = !source.is_kept() && (url.encoding != Encoding::None || !source.is_here());
@@ -366,8 +370,8 @@ pub(super) async fn read_whole(shared: &Shared, source: Source, url: &NarUrl) ->
         Ok(bytes) => {
             if keep {
                 match url.encoding {
-                    Encoding::Zstd => filling::keep_small(&source, bytes.clone(), Form::File),
-                    _ => filling::keep_small(&source, nar, Form::Nar),
+                    Encoding::Zstd => WriteBehind::keep(&source, bytes.clone(), Form::File),
+                    _ => WriteBehind::keep(&source, nar, Form::Nar),
                 }
             }
             Some(bytes)

@@ -185,6 +185,15 @@ pub trait Upstream: Send + Sync + 'static {
     /// Keeps a path from that store's garbage collection for a while; `false`: it is gone.
     async fn keep(&self, path: &StorePath) -> Result<bool, Error>;
 
+    /// Keeps many paths, as [`keep`](Upstream::keep) does each; the answers have their order.
+    async fn keep_many(&self, paths: &[StorePath]) -> Vec<Result<bool, Error>> {
+        let mut kept = Vec::with_capacity(paths.len());
+        for path in paths {
+            kept.push(self.keep(path).await);
+        }
+        kept
+    }
+
     /// Returns the decoded build log of a derivation.
     async fn build_log(&self, _derivation: &StorePath) -> Result<Option<Bytes>, Error> {
         Ok(None)

@@ -86,13 +86,25 @@ impl Roots {
     ///
     /// Dropped, the path may be rooted or not.
     pub async fn keep(&self, path: &StorePath) -> Result<bool, Error> {
-        if self.shared.generations().holds(path) {
-            return Ok(true);
+        let mut kept = self.keep_many(std::slice::from_ref(path)).await;
+        let ended = || Error::Lost("the connection ended".into());
+        kept.pop().unwrap_or_else(|| Err(ended()))
+    }
+
+    /// Does the same with many, asked back to back; the answers have their order.
+    pub async fn keep_many(&self, paths: &[StorePath]) -> Vec<Result<bool, Error>> {
+        let mut kept = Vec::with_capacity(paths.len());
+        for some in paths.chunks(ASKED_AT_ONCE) {
+            let mut answers = self.shared.root(some).await;
+            if answers
+                .iter()
+                .any(|answer| matches!(answer, Err(Error::Lost(_))))
+            {
+                answers = self.shared.root(some).await;
+            }
+            kept.extend(answers);
         }
-        match self.shared.root(path).await {
-            Err(Error::Lost(_)) => self.shared.root(path).await,
-            result => result,
-        }
+        kept
     }
 }
 
@@ -108,21 +120,65 @@ impl Shared {
         generations.unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn root(&self, path: &StorePath) -> Result<bool, Error> {
-        let session = self.session().await?;
-        let ours = |other: &Arc<Session>| Arc::ptr_eq(other, &session);
+    async fn root(&self, paths: &[StorePath]) -> Vec<Result<bool, Error>> {
+        let of_all = |error: Error| vec![Err(error); paths.len()];
+        let held: Vec<_> = {
+            let generations = self.generations();
+            paths.iter().map(|path| generations.holds(path)).collect()
+        };
+        let missing = || paths.iter().zip(&held).filter(|(_, held)| !**held);
         // Asked after it was rooted, it cannot go in between.
-        let requests = vec![
-            Request::AddTempRoot(path.clone()),
-            Request::IsValidPath(path.clone()),
-        ];
+        let requests: Vec<_> = missing()
+            .flat_map(|(path, _)| {
+                let rooted = Request::AddTempRoot(path.clone());
+                [rooted, Request::IsValidPath(path.clone())]
+            })
+            .collect();
+        if requests.is_empty() {
+            return held.into_iter().map(Ok).collect();
+        }
+        let session = match self.session().await {
+            Ok(session) => session,
+            Err(error) => return of_all(error),
+        };
         let after = self.options.query_timeout;
-        let answers = timeout(after, session.ask_many(requests)).await;
-        let mut answers = answers.map_err(|_| Error::TimedOut {
-            question: "AddTempRoot",
-            after,
-        })?;
-        let (valid, rooted) = (answers.pop(), answers.pop());
+        let Ok(answers) = timeout(after, session.ask_many(requests)).await else {
+            let question = "AddTempRoot";
+            return of_all(Error::TimedOut { question, after });
+        };
+        let mut answers = answers.into_iter();
+        let mut kept = Vec::with_capacity(paths.len());
+        for (path, held) in paths.iter().zip(&held) {
+            kept.push(match held {
+                true => Ok(true),
+                false => self.rooted(&session, path, answers.next(), answers.next()),
+            });
+        }
+        // One loss is that of all, and to find out why takes its time.
+        let lost = kept
+            .iter_mut()
+            .filter(|answer| matches!(answer, Err(Error::Lost(_))));
+        let mut explained: Option<Error> = None;
+        for answer in lost {
+            if let (None, Err(error)) = (&explained, &answer) {
+                explained = Some(session.explain(error.clone()).await);
+            }
+            if let Some(error) = &explained {
+                *answer = Err(error.clone());
+            }
+        }
+        kept
+    }
+
+    /// Reads the two answers for a path, and notes that it is rooted.
+    fn rooted(
+        &self,
+        session: &Arc<Session>,
+        path: &StorePath,
+        rooted: Option<Result<Reply, Error>>,
+        valid: Option<Result<Reply, Error>>,
+    ) -> Result<bool, Error> {
+        let ours = |other: &Arc<Session>| Arc::ptr_eq(other, session);
         match (rooted, valid) {
             (Some(Ok(_)), Some(Ok(Reply::Valid(valid)))) => {
                 if valid {
@@ -130,7 +186,7 @@ impl Shared {
                 }
                 Ok(valid)
             }
-            (Some(Err(error)), _) | (_, Some(Err(error))) => Err(session.explain(error).await),
+            (Some(Err(error)), _) | (_, Some(Err(error))) => Err(error),
             _ => Err(Error::Protocol("another answer than asked for".into())),
         }
     }
@@ -271,6 +327,9 @@ impl Default for RootsOptions {
         }
     }
 }
+
+/// Paths of which one that is lost has the others asked for again.
+const ASKED_AT_ONCE: usize = 512;
 
 /// How long before the end of a generation the session for the next is opened.
 const SPARE_BEFORE: Duration = Duration::from_secs(30);

@@ -212,6 +212,10 @@ impl Upstream for WorkerUpstream {
         self.roots.keep(path).await
     }
 
+    async fn keep_many(&self, paths: &[StorePath]) -> Vec<Result<bool, Error>> {
+        self.roots.keep_many(paths).await
+    }
+
     async fn build_log(&self, derivation: &StorePath) -> Result<Option<Bytes>, Error> {
         let read = self
             .logs

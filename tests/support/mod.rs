@@ -26,7 +26,9 @@ use muster::server::listener::Listener;
 use muster::server::{self, Info};
 use muster::substituter::member::Member;
 use muster::substituter::publish::Publisher;
-use muster::substituter::{self, Setup, Substituter, closure, filling, health, transfer};
+use muster::substituter::{
+    self, Setup, Substituter, closure, filling, health, transfer, write_behind,
+};
 use muster::upstream::closures::Closures;
 use muster::upstream::{Error, Link, NarStream, OpenedNar, Upstream};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -88,6 +90,8 @@ pub struct Scripted {
     /// NAR streams that somebody holds.
     pub nars_open: Arc<AtomicUsize>,
     pub kept: Mutex<Vec<StorePath>>,
+    /// How many paths it was asked to keep at one go.
+    pub kept_together: Mutex<Vec<usize>>,
     /// Who tells whole closures, where that is to be possible.
     pub closures: Mutex<Option<Arc<dyn Closures>>>,
 }
@@ -113,6 +117,7 @@ impl Scripted {
             nars: AtomicUsize::new(0),
             nars_open: Arc::default(),
             kept: Mutex::default(),
+            kept_together: Mutex::default(),
             closures: Mutex::default(),
         })
     }
@@ -284,6 +289,15 @@ impl Upstream for Scripted {
         let paths = self.paths.lock().unwrap();
         Ok(paths.contains_key(&path.hash()))
     }
+
+    async fn keep_many(&self, paths: &[StorePath]) -> Vec<Result<bool, Error>> {
+        self.kept_together.lock().unwrap().push(paths.len());
+        let mut kept = Vec::new();
+        for path in paths {
+            kept.push(self.keep(path).await);
+        }
+        kept
+    }
 }
 
 /// Counts a NAR stream for as long as somebody holds it.
@@ -340,6 +354,7 @@ pub fn key() -> SecretKey {
 pub fn options() -> substituter::Options {
     substituter::Options {
         fill: filling::Options::default(),
+        write_behind: write_behind::Options::default(),
         memory: memory::Options {
             bytes_max: 64 << 20,
             revalidate_after: Duration::from_secs(300),

@@ -267,6 +267,10 @@ impl Upstream for LocalUpstream {
         self.worker.keep(path).await
     }
 
+    async fn keep_many(&self, paths: &[StorePath]) -> Vec<Result<bool, Error>> {
+        self.worker.keep_many(paths).await
+    }
+
     async fn build_log(&self, derivation: &StorePath) -> Result<Option<Bytes>, Error> {
         self.worker.build_log(derivation).await
     }
