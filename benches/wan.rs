@@ -13,7 +13,8 @@
 //! measures the processors, which two musters, the client and the line share here: it has a row, and no goal.
 //!
 //! Whatever is compared is taken in turn, forth and back, as in benches/lan.rs; Muster is started anew for every
-//! single time, on the builders too, with nothing kept, connected, and left alone for two seconds.
+//! single time, on the builders too, with nothing kept, connected, and left alone for two seconds. The machines' stores
+//! are in memory unless it is told otherwise, as there.
 
 #[path = "../tests/rig/mod.rs"]
 mod rig;
@@ -181,18 +182,6 @@ impl Via {
 }
 
 const NGINX: &str = "nginx over the line";
-/// CPU time that a machine's processes of this name have taken, in ms.
-fn cpu_ms(machine: &Machine, name: &str) -> u64 {
-    let ticks = machine.processes(name).into_iter().filter_map(|pid| {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // utime and stime, behind the name in its brackets.
-        let (_, rest) = stat.rsplit_once(") ")?;
-        let words = rest.split(' ').skip(11).take(2);
-        Some(words.filter_map(|n| n.parse::<u64>().ok()).sum::<u64>())
-    });
-    ticks.sum::<u64>() * 10
-}
-
 const NGINX_NEAR: &str = "nginx, no line";
 const MUSTER: &str = "muster";
 const PEERS: &str = "muster, builders run muster";
@@ -473,10 +462,11 @@ impl Scene {
         let nix = |m: &Machine| m.run("nix --version").out.trim().to_owned();
         let versions: Vec<_> = self.clients.iter().map(nix).collect();
         format!(
-            "{} small paths, {} pairs, {} ms each way, 1 Gbit/s, all machines on {cores} cores; clients {}; builders and nginx: {}, {}; load {}",
+            "{} small paths, {} pairs, {} ms each way, 1 Gbit/s, all machines on {cores} cores, {}; clients {}; builders and nginx: {}, {}; load {}",
             self.paths,
             options.pairs,
             options.delay_ms,
+            figures::stores(),
             versions.join(", "),
             nix(&self.builders[0]),
             self.www.run("nginx -v").err.trim(),
@@ -485,6 +475,18 @@ impl Scene {
                 .trim(),
         )
     }
+}
+
+/// CPU time that a machine's processes of this name have taken, in ms.
+fn cpu_ms(machine: &Machine, name: &str) -> u64 {
+    let ticks = machine.processes(name).into_iter().filter_map(|pid| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // utime and stime, behind the name in its brackets.
+        let (_, rest) = stat.rsplit_once(") ")?;
+        let words = rest.split(' ').skip(11).take(2);
+        Some(words.filter_map(|n| n.parse::<u64>().ok()).sum::<u64>())
+    });
+    ticks.sum::<u64>() * 10
 }
 
 impl Road<'_> {

@@ -25,6 +25,14 @@ need() {
     [ -z "$made" ] || rm -f $policy
 }
 
+# need_memory MIB  has the machines' stores lie in memory, where so much is free.
+need_memory() {
+    local free
+    free=$(df --output=avail -m /dev/shm 2>/dev/null | tail -n 1)
+    [ "${free:-0}" -ge "$1" ] || fail "needs $1 MiB free in /dev/shm for the stores of the machines, or --disk"
+    export TMPDIR=/dev/shm
+}
+
 # Everything that the machines of the rig are made of.
 need_rig() {
     need nix:nix-bin /usr/sbin/sshd:openssh-server ssh:openssh-client /bin/busybox:busybox-static \
