@@ -71,6 +71,10 @@ impl Writer {
     fn turn(&mut self, idle_max: Duration) -> bool {
         // Asked before the batch is taken, which then has all look-ups that came before what is lost.
         let sweep = self.shared.denials.sweep_due();
+        let idle_max = match sweep {
+            Some(_) if self.shared.index().is_some() => Duration::ZERO,
+            _ => idle_max,
+        };
         let Batch {
             tasks,
             touches,
@@ -79,7 +83,9 @@ impl Writer {
         self.touches.extend(touches);
         self.look_after();
         self.work(tasks);
-        if let Some(sweep) = sweep {
+        // After the last batch nothing comes any more, so it has all.
+        let last = || self.shared.denials.sweep_due().filter(|_| stopped);
+        if let Some(sweep) = last().or(sweep) {
             self.sweep(sweep);
         }
         if stopped || self.touched_at.elapsed() >= TOUCHES_EVERY {

@@ -112,7 +112,7 @@ impl Writer {
         if forgotten > 0 {
             warn!(
                 look_ups = forgotten,
-                "too much was denied at once, the look-ups on disk are forgotten"
+                "denials came faster than they could be written, or could not be written; the look-ups on disk are forgotten"
             );
         }
     }
