@@ -479,7 +479,7 @@ async fn paths_promised_within_a_moment_are_kept_alive_at_one_go() {
     assert!(found(&substituter, &paths[15].0).await, "b has it");
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn what_is_served_is_kept_alive_and_what_is_gone_is_forgotten() {
     let a = Scripted::new("a");
     let (info, nar) = path(1, 100, &[]);

@@ -140,6 +140,14 @@ async fn conforms(upstream: &dyn Upstream, content: &Content) {
     assert!(upstream.keep(&content.small).await.unwrap());
     assert!(upstream.keep(&content.small).await.unwrap());
     assert!(!upstream.keep(&absent()).await.unwrap());
+    // In the order of the questions, with repetitions and gaps.
+    let mut paths: Vec<_> = content.nars.keys().cloned().collect();
+    paths.insert(3, absent());
+    paths.push(paths[0].clone());
+    let kept = upstream.keep_many(&paths).await.into_iter();
+    let there = paths.iter().map(|path| *path != absent());
+    assert!(kept.map(Result::unwrap).eq(there));
+    assert!(upstream.keep_many(&[]).await.is_empty());
 
     let (built, log) = &content.built;
     let said = upstream.build_log(built).await.unwrap().unwrap();

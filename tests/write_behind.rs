@@ -152,7 +152,7 @@ async fn it_is_kept_when_clients_pause() {
     let scene = scene(
         Encoding::Zstd,
         write_behind::Options {
-            pause: Duration::from_millis(100),
+            pause: Duration::from_millis(300),
             patience: NEVER,
             ..Default::default()
         },
@@ -161,11 +161,14 @@ async fn it_is_kept_when_clients_pause() {
     let (first, nar) = &scene.paths[0];
     assert_eq!(scene.fetch(first).await.unwrap(), *nar);
     // As long as somebody asks for anything.
-    while begun.elapsed() < Duration::from_millis(500) {
+    let mut longest = Duration::ZERO;
+    while begun.elapsed() < Duration::from_millis(800) {
+        let asked = Instant::now();
         let _ = scene.substituter.narinfo(first.path.hash()).await;
         sleep(Duration::from_millis(1)).await;
+        longest = longest.max(asked.elapsed());
     }
-    assert_eq!(scene.kept(), 0);
+    assert!(scene.kept() == 0 || longest > Duration::from_millis(150));
     assert!(scene.kept_within(1, Duration::from_secs(10)).await);
     // And again, when it had nothing to do in between.
     for (info, nar) in &scene.paths[1..] {
@@ -176,27 +179,28 @@ async fn it_is_kept_when_clients_pause() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn it_is_kept_in_time_though_clients_never_pause() {
+    let patience = Duration::from_millis(600);
     let scene = scene(
         Encoding::Zstd,
         write_behind::Options {
-            pause: NEVER,
-            patience: Duration::from_millis(300),
+            pause: Duration::from_millis(200),
+            patience,
             ..Default::default()
         },
     );
-    // The pause is looked for no longer than there is patience.
     let (first, nar) = &scene.paths[0];
+    let begun = Instant::now();
     assert_eq!(scene.fetch(first).await.unwrap(), *nar);
-    let asking = async {
-        loop {
-            let _ = scene.substituter.narinfo(first.path.hash()).await;
-            sleep(Duration::from_millis(1)).await;
-        }
-    };
-    tokio::select! {
-        () = asking => {}
-        kept = scene.kept_within(1, Duration::from_secs(10)) => assert!(kept),
+    let mut longest = Duration::ZERO;
+    while scene.kept() == 0 && begun.elapsed() < Duration::from_secs(10) {
+        let asked = Instant::now();
+        let _ = scene.substituter.narinfo(first.path.hash()).await;
+        sleep(Duration::from_millis(1)).await;
+        longest = longest.max(asked.elapsed());
     }
+    assert_eq!(scene.kept(), 1);
+    // A pause of ours, on a busy machine, is one.
+    assert!(begun.elapsed() >= patience || longest > Duration::from_millis(100));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -13,9 +13,10 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use futures_util::future::join_all;
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
 use tokio::time::sleep;
-use tracing::debug;
+use tracing::{debug, info_span};
 
 use crate::cache::memory::{Entry, UpstreamId};
 use crate::nix::store_path::{StorePath, StorePathHash};
@@ -57,7 +58,10 @@ impl Shared {
             gathered.push((hash, Arc::clone(entry)));
             gathered.len() == 1
         };
-        if first && !self.tasks.spawn(keep_gathered(Arc::clone(self))) {
+        // It is the work of many requests.
+        let apart = info_span!(parent: None, "keep");
+        let spawn = || self.tasks.spawn(keep_gathered(Arc::clone(self)));
+        if first && !apart.in_scope(spawn) {
             self.keeping.gathered().clear();
         }
     }
@@ -80,18 +84,27 @@ async fn keep_gathered(shared: Arc<Shared>) {
         }));
         tokio::task::yield_now().await;
     }
-    while !promised.is_empty() {
-        let mut by_holder: HashMap<UpstreamId, Vec<Promised>> = HashMap::new();
-        for mut promised in promised {
-            if let Some(holder) = next_holder(&setup, &mut promised) {
-                by_holder.entry(holder).or_default().push(promised);
-            }
+    // No holder waits for another.
+    let mut asked = FuturesUnordered::new();
+    loop {
+        for (id, some) in by_next_holder(&setup, std::mem::take(&mut promised)) {
+            asked.push(keep_at(&shared, &setup, id, some));
         }
-        let kept = by_holder
-            .into_iter()
-            .map(|(id, promised)| keep_at(&shared, &setup, id, promised));
-        promised = join_all(kept).await.into_iter().flatten().collect();
+        match asked.next().await {
+            Some(left) => promised = left,
+            None => return,
+        }
     }
+}
+
+fn by_next_holder(setup: &Setup, promised: Vec<Promised>) -> HashMap<UpstreamId, Vec<Promised>> {
+    let mut by_holder: HashMap<UpstreamId, Vec<Promised>> = HashMap::new();
+    for mut promised in promised {
+        if let Some(holder) = next_holder(setup, &mut promised) {
+            by_holder.entry(holder).or_default().push(promised);
+        }
+    }
+    by_holder
 }
 
 fn next_holder(setup: &Setup, promised: &mut Promised) -> Option<UpstreamId> {
@@ -118,7 +131,10 @@ async fn keep_at(
         .iter()
         .map(|promised| promised.path.clone())
         .collect();
-    let answers = member.upstream.keep_many(&paths).await;
+    let answers = tokio::select! {
+        answers = member.upstream.keep_many(&paths) => answers,
+        () = member.sickness() => return promised,
+    };
     let mut left = Vec::new();
     for (promised, answer) in promised.into_iter().zip(answers) {
         match answer {
@@ -139,7 +155,7 @@ async fn keep_at(
 
 /// Far less than a builder's collector takes to find a path that nobody holds.
 const GATHERED_FOR: Duration = Duration::from_millis(20);
-/// Further ones are kept when they are asked for again.
+/// Further ones are kept when they are asked for and due again, half the lifetime of a root later.
 const GATHERED_MAX: usize = 10_000;
 /// Narinfos parsed between two looks at what else there is to do: some 200 µs.
 const PARSED_AT_ONCE: usize = 64;

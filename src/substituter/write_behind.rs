@@ -19,6 +19,7 @@ use tokio::runtime::Handle;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout};
+use tracing::info_span;
 
 use crate::cache::fill::Fill;
 use crate::codec::compression::Encoding;
@@ -70,8 +71,8 @@ pub(super) struct WriteBehind {
 struct State {
     /// In the order in which they came.
     waiting: VecDeque<Waiting>,
-    /// What can be had of those that wait or are being written.
-    here: HashMap<Key, (Form, Bytes)>,
+    /// Those that wait or are being written.
+    here: HashMap<Key, Here>,
     /// Whether a task looks after them.
     attended: bool,
     /// Whether nothing waits for a pause any more.
@@ -80,15 +81,21 @@ struct State {
 
 type Key = (StorePathHash, NarHash);
 
-/// A NAR, and what it takes to make an entry of it.
-struct Waiting {
-    key: Key,
-    intake: Intake,
+/// A NAR that can be had from here, and its share of the room.
+struct Here {
     /// The NAR itself, or its zstd file.
     bytes: Bytes,
     form: Form,
+    _room: OwnedSemaphorePermit,
+}
+
+/// The same with what it takes to make an entry of it.
+struct Waiting {
+    key: Key,
+    intake: Intake,
+    bytes: Bytes,
+    form: Form,
     since: Instant,
-    room: OwnedSemaphorePermit,
 }
 
 impl WriteBehind {
@@ -122,21 +129,28 @@ impl WriteBehind {
             if state.here.contains_key(&key) {
                 return;
             }
-            state.here.insert(key, (form, bytes.clone()));
+            let here = Here {
+                bytes: bytes.clone(),
+                form,
+                _room: room,
+            };
+            state.here.insert(key, here);
             state.waiting.push_back(Waiting {
                 key,
                 intake,
                 bytes,
                 form,
                 since: now(),
-                room,
             });
             !std::mem::replace(&mut state.attended, true)
         };
         if this.is_half_full() {
             this.urgent.notify_one();
         }
-        if first && !shared.tasks.spawn(attend(Arc::clone(&shared))) {
+        // It is the work of many requests.
+        let apart = info_span!(parent: None, "write behind");
+        let spawn = || shared.tasks.spawn(attend(Arc::clone(&shared)));
+        if first && !apart.in_scope(spawn) {
             this.give_up();
         }
     }
@@ -150,8 +164,8 @@ impl WriteBehind {
         };
         let state = self.state();
         let here = state.here.get(&(url.path_hash, url.nar_hash));
-        here.filter(|(is, _)| *is == form)
-            .map(|(_, bytes)| bytes.clone())
+        here.filter(|here| here.form == form)
+            .map(|here| here.bytes.clone())
     }
 
     /// Writes what waits, and returns when that is done or took too long; from now on nothing waits for a pause.
@@ -251,26 +265,10 @@ async fn attend(shared: Arc<Shared>) {
             break;
         };
         let keys: Vec<_> = taken.iter().map(|waiting| waiting.key).collect();
-        let mut files = Vec::with_capacity(taken.len());
-        for waiting in taken {
-            if let Some(file) = file(&shared, &waiting).await {
-                files.push((waiting, file));
-            }
-        }
         let runtime = Handle::current();
-        // One change of threads for all of them; their narinfos are signed there, too.
-        let written = spawn_blocking(move || {
-            let made = files.into_iter().filter_map(|(waiting, file)| {
-                let fill = make(&waiting.intake, &file)?;
-                let room = waiting.room;
-                Some(async move {
-                    let _room = room;
-                    waiting.intake.commit(fill).await
-                })
-            });
-            runtime.block_on(join_all(made));
-        });
-        // It ends by a panic alone, and then nothing was kept.
+        // One change of threads for all of them, and no other task is held up by their encoding and signing.
+        let written = spawn_blocking(move || runtime.block_on(write(taken)));
+        // A panic alone ends it early; what was not committed then is not kept.
         let _ = written.await;
         this.over(&keys);
     }
@@ -288,26 +286,31 @@ impl Drop for Ending<'_> {
     }
 }
 
-/// Returns the zstd file of a NAR that waits; `None` when it cannot be made.
-async fn file(shared: &Shared, waiting: &Waiting) -> Option<Bytes> {
-    let bytes = waiting.bytes.clone();
-    match waiting.form {
-        Form::File => Some(bytes),
-        Form::Nar => {
-            shared.counters.nar_encoded.increment();
-            shared
-                .encoder
-                .encode_whole(Encoding::Zstd, bytes)
-                .await
-                .ok()
+/// Makes files and entries of NARs; it blocks.
+async fn write(taken: Vec<Waiting>) {
+    let mut commits = Vec::with_capacity(taken.len());
+    for waiting in taken {
+        if let Some(fill) = fill(&waiting).await {
+            commits.push(waiting.intake.commit(fill));
         }
     }
+    join_all(commits).await;
 }
 
-/// Writes a file, without making an entry of it; `None`, and the cache has said so, where it cannot be.
-fn make(intake: &Intake, file: &Bytes) -> Option<Fill> {
-    let mut fill = intake.begin()?;
-    fill.write(file).ok()?;
+/// Writes the file of a NAR; `None`, and the cache has said so, where it cannot be.
+async fn fill(waiting: &Waiting) -> Option<Fill> {
+    let shared = &waiting.intake.shared;
+    let mut fill = waiting.intake.begin()?;
+    let bytes = waiting.bytes.clone();
+    let file = match waiting.form {
+        Form::File => bytes,
+        Form::Nar => {
+            shared.counters.nar_encoded.increment();
+            let encoded = shared.encoder.encode_whole(Encoding::Zstd, bytes);
+            encoded.await.ok()?
+        }
+    };
+    fill.write(&file).ok()?;
     Some(fill)
 }
 

@@ -53,6 +53,7 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use futures_util::future::join_all;
 use futures_util::stream::BoxStream;
 use tokio::sync::watch;
 
@@ -186,10 +187,12 @@ pub trait Upstream: Send + Sync + 'static {
     async fn keep(&self, path: &StorePath) -> Result<bool, Error>;
 
     /// Keeps many paths, as [`keep`](Upstream::keep) does each; the answers have their order.
+    ///
+    /// Some are asked for at once. Dropped, each path may be kept or not.
     async fn keep_many(&self, paths: &[StorePath]) -> Vec<Result<bool, Error>> {
         let mut kept = Vec::with_capacity(paths.len());
-        for path in paths {
-            kept.push(self.keep(path).await);
+        for some in paths.chunks(KEPT_AT_ONCE) {
+            kept.extend(join_all(some.iter().map(|path| self.keep(path))).await);
         }
         kept
     }
@@ -268,3 +271,6 @@ pub enum Error {
     #[error("not supported: {0}")]
     Unsupported(Arc<str>),
 }
+
+/// Paths that a store is asked to keep at once where it is asked for each: some ms of its time.
+const KEPT_AT_ONCE: usize = 32;

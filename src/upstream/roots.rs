@@ -93,16 +93,23 @@ impl Roots {
 
     /// Does the same with many, asked back to back; the answers have their order.
     pub async fn keep_many(&self, paths: &[StorePath]) -> Vec<Result<bool, Error>> {
-        let mut kept = Vec::with_capacity(paths.len());
-        for some in paths.chunks(ASKED_AT_ONCE) {
-            let mut answers = self.shared.root(some).await;
-            if answers
+        let mut kept = self.shared.root(paths).await;
+        let lost: Vec<_> = (0..)
+            .zip(&kept)
+            .filter(|(_, answer)| matches!(answer, Err(Error::Lost(_))))
+            .map(|(place, _): (usize, _)| place)
+            .collect();
+        if !lost.is_empty() {
+            let again: Vec<_> = lost
                 .iter()
-                .any(|answer| matches!(answer, Err(Error::Lost(_))))
-            {
-                answers = self.shared.root(some).await;
+                .filter_map(|place| paths.get(*place).cloned())
+                .collect();
+            let answers = self.shared.root(&again).await;
+            for (place, answer) in lost.into_iter().zip(answers) {
+                if let Some(kept) = kept.get_mut(place) {
+                    *kept = answer;
+                }
             }
-            kept.extend(answers);
         }
         kept
     }
@@ -121,14 +128,13 @@ impl Shared {
     }
 
     async fn root(&self, paths: &[StorePath]) -> Vec<Result<bool, Error>> {
-        let of_all = |error: Error| vec![Err(error); paths.len()];
         let held: Vec<_> = {
             let generations = self.generations();
             paths.iter().map(|path| generations.holds(path)).collect()
         };
-        let missing = || paths.iter().zip(&held).filter(|(_, held)| !**held);
+        let missing = paths.iter().zip(&held).filter(|(_, held)| !**held);
         // Asked after it was rooted, it cannot go in between.
-        let requests: Vec<_> = missing()
+        let requests: Vec<_> = missing
             .flat_map(|(path, _)| {
                 let rooted = Request::AddTempRoot(path.clone());
                 [rooted, Request::IsValidPath(path.clone())]
@@ -139,14 +145,12 @@ impl Shared {
         }
         let session = match self.session().await {
             Ok(session) => session,
-            Err(error) => return of_all(error),
+            Err(error) => {
+                let answer = |held| if held { Ok(true) } else { Err(error.clone()) };
+                return held.into_iter().map(answer).collect();
+            }
         };
-        let after = self.options.query_timeout;
-        let Ok(answers) = timeout(after, session.ask_many(requests)).await else {
-            let question = "AddTempRoot";
-            return of_all(Error::TimedOut { question, after });
-        };
-        let mut answers = answers.into_iter();
+        let mut answers = self.ask_many(&session, requests).await.into_iter();
         let mut kept = Vec::with_capacity(paths.len());
         for (path, held) in paths.iter().zip(&held) {
             kept.push(match held {
@@ -168,6 +172,27 @@ impl Shared {
             }
         }
         kept
+    }
+
+    /// Asks until no answer comes any more; those that came before count.
+    async fn ask_many(
+        &self,
+        session: &Session,
+        requests: Vec<Request>,
+    ) -> Vec<Result<Reply, Error>> {
+        let silence_max = self.options.query_timeout;
+        let (mut answered, mut since) = (0, Instant::now());
+        let enough = |now_answered| {
+            if now_answered > answered {
+                (answered, since) = (now_answered, Instant::now());
+            }
+            (since.elapsed() >= silence_max).then_some(Error::TimedOut {
+                question: "AddTempRoot",
+                after: silence_max,
+            })
+        };
+        let tick = (silence_max / 8).clamp(TICK_MIN, TICK_MAX);
+        session.ask_many_until(requests, tick, enough).await
     }
 
     /// Reads the two answers for a path, and notes that it is rooted.
@@ -328,8 +353,9 @@ impl Default for RootsOptions {
     }
 }
 
-/// Paths of which one that is lost has the others asked for again.
-const ASKED_AT_ONCE: usize = 512;
+/// How often it is looked whether answers still come.
+const TICK_MIN: Duration = Duration::from_millis(10);
+const TICK_MAX: Duration = Duration::from_millis(250);
 
 /// How long before the end of a generation the session for the next is opened.
 const SPARE_BEFORE: Duration = Duration::from_secs(30);
