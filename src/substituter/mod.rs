@@ -36,6 +36,7 @@ mod relay;
 mod report;
 mod same_file;
 mod shared;
+mod sound;
 mod source;
 pub mod tasks;
 pub mod transfer;

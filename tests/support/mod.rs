@@ -347,6 +347,7 @@ pub fn options() -> substituter::Options {
         transfer: transfer::Options {
             whole_bytes_max: 4 << 20,
             whole_kib_max: 64 << 10,
+            tail_bytes: 1 << 20,
             stall: Duration::from_millis(200),
             stall_last: Duration::from_millis(600),
             refusal: Duration::from_millis(1600),
