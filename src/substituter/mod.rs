@@ -17,6 +17,7 @@ mod care;
 pub mod closure;
 pub mod counters;
 pub mod figures;
+mod file_relay;
 pub mod filling;
 mod following;
 mod givers;
