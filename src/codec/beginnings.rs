@@ -1,4 +1,4 @@
-//! Hashes of a NAR's beginnings, taken when it was hashed whole: by them one who takes a transfer over is
+//! Hashes of a NAR's beginnings, taken while it was hashed: by them one who takes a transfer over is
 //! found to repeat the very NAR, without a look at what was given before.
 //!
 //! ```text

@@ -192,10 +192,7 @@ impl Relay {
             same = same.and_then(|()| givers.compare());
         }
         let member = self.current.as_ref().map(|(member, _)| member);
-        if same.is_err() {
-            self.differed.extend(member.cloned());
-        }
-        same?;
+        same.inspect_err(|_| self.differed.extend(member.cloned()))?;
         if chunk.is_empty() {
             return Ok(None);
         }

@@ -43,9 +43,10 @@ pub struct Options {
     pub whole_bytes_max: u64,
     /// KiB that such NARs take together; further ones wait, and clients that stopped make room.
     pub whole_kib_max: u32,
-    /// Last bytes of a larger NAR that are held back until hash and size agree, at most so many of memory for
-    /// each transfer that comes to its end: a lie in them is mended by the next holder. 1 MiB: what holders
-    /// change or add in practice is at the end or ruins the whole, while a client at 1 Gbit/s waits 8 ms for it.
+    /// Last bytes of a larger NAR that are held back until hash and size agree, so that another holder can give
+    /// them anew; as much memory as each transfer takes at its end, twice that where a file passes as it is.
+    /// 1 MiB: a wrong end is known with the last byte, so a client at 1 Gbit/s waits 8 ms for what it held, and
+    /// 64 clients that stop reading there hold no more than the small NARs do.
     pub tail_bytes: u64,
     /// Silence, before or within a NAR, after which another holder is taken if there is one.
     pub stall: Duration,
