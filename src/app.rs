@@ -243,6 +243,7 @@ fn substituter_options(config: &Config) -> substituter::Options {
         transfer: transfer::Options {
             whole_bytes_max: 4 << 20,
             whole_kib_max: 256 << 10,
+            tail_bytes: 1 << 20,
             stall: Duration::from_secs(5),
             stall_last: Duration::from_secs(30),
             refusal: Duration::from_secs(6),

@@ -237,6 +237,52 @@ fn whatever_a_cache_does_to_a_nar_the_client_has_it_from_the_next_holder() {
     });
 }
 
+/// What is done to a NAR.
+type Change = fn(&mut Vec<u8>);
+
+/// What it lied about was held back until all of it had come, so the builder makes it good in the same response.
+#[test]
+fn a_large_nar_that_is_wrong_at_its_end_reaches_the_client_in_one_go() {
+    let lab = Lab::new();
+    let origin = Origin::new(&lab);
+    let lies: [(&str, Change); 3] = [
+        ("the last byte", |nar| *nar.last_mut().unwrap() ^= 1),
+        ("a byte before", |nar| {
+            *nar.iter_mut().rev().nth(1_000_000).unwrap() ^= 1
+        }),
+        ("a byte more", |nar| nar.push(0)),
+    ];
+    let cases: Vec<_> = (0..lies.len() * COMPRESSIONS.len()).collect();
+    origin.try_all(&cases, &["b1"], |lane, &number| {
+        let (lie, change) = &lies[number / COMPRESSIONS.len()];
+        let (name, compression) = COMPRESSIONS[number % COMPRESSIONS.len()];
+        let served = ["none", "zstd", "xz"][(number + number / COMPRESSIONS.len()) % 3];
+        let what = format!("{lie}, {name}, served as {served}");
+        let target = lane.serve("none", &origin.large);
+        let mut nar = lane.server.file(&target);
+        change(&mut nar);
+        let target = lane.serve(name, &origin.large);
+        let lying = Fault::Body(compress(compression, &nar), "X: y");
+        lane.server.fault(&target, Some(lying));
+        let before = lane.server.times_asked(&target);
+        let muster = lane.begin(
+            &format!("--compression {served}"),
+            &["localhost:8000", "@b1"],
+        );
+        let got = lane
+            .client
+            .realise_attr("big", "--arg sizeMB 6 --argstr seed large");
+        let counted = (got.rc, got.built(), got.copied());
+        assert_eq!(counted, (0, 0, 1), "{what}: {got}\n{}", muster.log());
+        lane.has(&origin.large);
+        assert_eq!(lane.server.times_asked(&target) - before, 1, "{what}");
+        assert!(lied(&muster), "{what}: {}", muster.log());
+        let cut = muster.log().contains("transfer cut");
+        assert!(!cut, "{what}: {}", muster.log());
+        lane.server.fault(&target, None);
+    });
+}
+
 /// Whether it has seen bytes that do not fit their narinfo, and believes who gave them no more for a while.
 fn lied(muster: &Muster<'_>) -> bool {
     muster.log().contains("does not fit its narinfo")

@@ -5,7 +5,7 @@ mod rig;
 use std::fs;
 
 use rig::helper::LIAR;
-use rig::{Lab, Muster};
+use rig::{Lab, Line, Muster};
 
 #[test]
 fn a_client_that_trusts_another_key_takes_nothing() {
@@ -86,6 +86,54 @@ fn a_nar_that_differs_in_its_last_byte_is_never_completed() {
         client.substitutes_from(&muster);
         client.realise(&path).ok();
         assert_eq!(client.nar_hash(&path), b2.nar_hash(&path));
+    }
+}
+
+/// One lies at the end of a large NAR and answers first; what an honest builder has makes it good, in one go.
+#[test]
+fn a_large_nar_that_is_wrong_at_its_end_is_made_good_by_another_builder() {
+    let lab = Lab::new();
+    let (b1, b2) = (lab.builder("b1"), lab.builder("b2"));
+    let client = lab.client(&[]);
+    // The padding of a NAR, which its form tells, and a byte of a file, which its hash alone does.
+    let marked = b1.add_marked(24 << 20);
+    assert_eq!(b2.add_marked(24 << 20), marked);
+    let rotten = b1.build_one("big", "--arg sizeMB 24");
+    assert_eq!(b2.build_one("big", "--arg sizeMB 24"), rotten);
+    let mut bytes = fs::read(b1.path(&rotten)).expect("read the file");
+    if let Some(last) = bytes.last_mut() {
+        *last ^= 1;
+    }
+    fs::write(b1.path(&rotten), bytes).expect("let the file rot");
+    b2.behind(Line {
+        delay_ms: 50,
+        ..Line::default()
+    });
+    let upstreams = format!("--upstream 'ssh-ng://root@b1?{LIAR}' --upstream ssh-ng://root@b2");
+    for compression in ["none", "zstd", "xz"] {
+        for (path, seen) in [
+            (&marked, "padding is not zero"),
+            (&rotten, "mended by another holder"),
+        ] {
+            client.fresh_store();
+            client.wipe_kept();
+            let muster =
+                Muster::serve(&client, &format!("{upstreams} --compression {compression}"));
+            for name in ["@b1", "@b2"] {
+                muster.await_log(10.0, &format!("{name}: well"));
+            }
+            // A second attempt would hide a cut.
+            client.configure(&format!(
+                "{}\ndownload-attempts = 1",
+                muster.lines().join("\n")
+            ));
+            let got = client.realise(path).ok();
+            assert_eq!((got.built(), got.copied()), (0, 1), "{got}");
+            assert_eq!(client.nar_hash(path), b2.nar_hash(path));
+            let log = muster.log();
+            assert!(log.contains(seen), "{path}: {log}");
+            assert!(!log.contains("transfer cut"), "{path}: {log}");
+        }
     }
 }
 

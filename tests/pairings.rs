@@ -4,6 +4,7 @@
 
 mod builder;
 mod cache_server;
+mod sources;
 mod support;
 
 use std::io::{Read as _, Write as _};
@@ -14,23 +15,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use builder::{Builder, nar_of, quick, up};
-use cache_server::{Asking, CacheServer, Fault};
-use muster::cache::memory::UpstreamId;
+use cache_server::Fault;
 use muster::codec::compression::Encoding;
-use muster::codec::decompress::Decoder;
-use muster::nix::path_info::Trust;
 use muster::nix::store_path::{StoreDir, StorePath};
-use muster::substituter::member::Member;
-use muster::substituter::publish::Publisher;
-use muster::substituter::{Setup, health};
+use muster::substituter::Setup;
 use muster::upstream::Upstream;
-use muster::upstream::binary_cache::{BinaryCache, BinaryCacheOptions};
-use muster::upstream::cache_folder::CacheFolder;
-use muster::upstream::daemon::DaemonSocket;
-use muster::upstream::worker::{WorkerSetup, WorkerUpstream};
-use support::{get, key, nar_target, new_substituter, options, serve};
-
-const NAR_BYTES: usize = 6 << 20;
+use sources::{files, in_folder, member, noise, over_socket, publisher, serving};
+use support::{get, nar_target, new_substituter, options, serve};
 
 /// After so many bytes of one connection it breaks.
 const BREAK_BYTES: usize = 3 << 20;
@@ -199,32 +190,8 @@ impl Pair<'_> {
     }
 }
 
-fn member(number: u16, upstream: &Arc<dyn Upstream>) -> Arc<Member> {
-    let now = tokio::time::Instant::now().into_std();
-    let (upstream, options) = (Arc::clone(upstream), health::Options::default());
-    let id = UpstreamId(number);
-    Arc::new(Member::new(id, upstream, Trust::Operator, options, now))
-}
-
-fn publisher(store_dir: &StoreDir, encoding: Encoding) -> Publisher {
-    Publisher {
-        keys: vec![key()],
-        store_dir: store_dir.clone(),
-        encoding,
-    }
-}
-
 fn kinds(builder: &Builder, socket: &Path, port: u16, folder: &Path, end: End) -> Vec<Kind> {
     let over_ssh = |port| Arc::new(builder.over_ssh(builder.target(port), quick()));
-    let over_socket = |socket: PathBuf| {
-        let setup = WorkerSetup {
-            name: "daemon".into(),
-            dial: Arc::new(DaemonSocket::new(socket)),
-            logs: muster::upstream::build_log::BuildLogs::Nowhere,
-            store_dir: builder.store_dir.clone(),
-        };
-        Arc::new(WorkerUpstream::start(setup, quick()))
-    };
     let mut kinds = vec![
         Kind {
             name: "ssh-ng",
@@ -233,8 +200,11 @@ fn kinds(builder: &Builder, socket: &Path, port: u16, folder: &Path, end: End) -
         },
         Kind {
             name: "daemon",
-            whole: over_socket(socket.to_owned()),
-            broken: over_socket(breaking_socket(socket, &builder.path("breaking"), end)),
+            whole: over_socket(builder, socket),
+            broken: over_socket(
+                builder,
+                &breaking_socket(socket, &builder.path("breaking"), end),
+            ),
         },
     ];
     for (name, compression) in [
@@ -266,16 +236,6 @@ fn kinds(builder: &Builder, socket: &Path, port: u16, folder: &Path, end: End) -
     kinds
 }
 
-fn in_folder(builder: &Builder, folder: &Path) -> Arc<dyn Upstream> {
-    Arc::new(BinaryCache::start(
-        "file".to_owned(),
-        builder.store_dir.clone(),
-        Arc::new(CacheFolder::new(folder, Duration::from_secs(10))),
-        Decoder::new(2),
-        BinaryCacheOptions::default(),
-    ))
-}
-
 /// Serves what real Nix wrote; the files of the NARs may end in the middle.
 fn over_http(builder: &Builder, folder: &Path, end: Option<End>) -> Arc<dyn Upstream> {
     let (server, upstream) = serving(builder, folder);
@@ -291,36 +251,6 @@ fn over_http(builder: &Builder, folder: &Path, end: Option<End>) -> Arc<dyn Upst
         server.fault(&format!("/nar/{name}"), Some(fault));
     }
     upstream
-}
-
-/// Serves what real Nix wrote.
-fn serving(builder: &Builder, folder: &Path) -> (CacheServer, Arc<dyn Upstream>) {
-    let server = CacheServer::new();
-    for (below, prefix) in [(folder.to_owned(), "/"), (folder.join("nar"), "/nar/")] {
-        for file in files(&below) {
-            let name = file.file_name().unwrap().to_str().unwrap();
-            let bytes = std::fs::read(&file).unwrap();
-            server.put(&format!("{prefix}{name}"), bytes);
-        }
-    }
-    let mut asking = Asking::at(&server.url());
-    asking.store_dir = builder.store_dir.clone();
-    (server, Arc::new(asking.start()))
-}
-
-fn files(folder: &Path) -> Vec<PathBuf> {
-    let entries = std::fs::read_dir(folder).unwrap().flatten();
-    entries
-        .map(|entry| entry.path())
-        .filter(|path| path.is_file())
-        .collect()
-}
-
-fn noise() -> Vec<u8> {
-    let mut random = fastrand::Rng::with_seed(5);
-    std::iter::repeat_with(|| random.u8(..))
-        .take(NAR_BYTES)
-        .collect()
 }
 
 /// A port that leads to another, until a connection has brought its share.

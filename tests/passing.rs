@@ -107,6 +107,19 @@ impl Case {
         Running::over(&self.info, upstreams, encoding, cache).await
     }
 
+    /// The path is found at the first server alone, so that it gives the first bytes.
+    async fn over_first(&self, cache: Option<Arc<dyn Backend>>) -> Running {
+        let narinfo = format!("/{}.narinfo", self.info.path.hash());
+        for server in &self.servers[1..] {
+            server.fault(&narinfo, Some(Fault::Status(404, "X: y")));
+        }
+        let run = self.over(Encoding::Zstd, cache).await;
+        for server in &self.servers[1..] {
+            server.fault(&narinfo, None);
+        }
+        run
+    }
+
     /// Runs over each kind of cache and none.
     async fn runs(&self) -> [Running; 2] {
         [
@@ -361,6 +374,98 @@ async fn a_lying_file_is_never_given_whole_nor_kept() {
                 }
             }
         }
+    }
+}
+
+/// Two servers have the same file by their word, and the first to be asked sends another.
+async fn mends(case: &Case, lie: &[u8], what: &str) -> bool {
+    let mut mended = 0;
+    case.servers[0].put(&case.target, lie);
+    for cache in [None, Some(memory())] {
+        let run = case.over_first(cache).await;
+        let answer = run.get().await;
+        assert_eq!(run.counters().nar_corrupt.value(), 1, "{what}");
+        assert_eq!(
+            run.counters().nar_cut.value(),
+            u64::from(answer.cut),
+            "{what}"
+        );
+        assert_eq!(run.counters().nar_passed.value(), 1, "{what}");
+        if answer.cut {
+            assert!(zstd::decode_all(&answer.body[..]).is_err(), "{what}");
+            run.keeps_nothing().await;
+        } else {
+            assert!(answer.status == 200 && answer.body == case.file, "{what}");
+            assert_eq!(run.counters().nar_resumed.value(), 1, "{what}");
+            mended += 1;
+            if let Some(kept) = run.kept_file().await {
+                assert!(kept == case.file, "{what}");
+            }
+        }
+        // Who sent a wrong file is decoded the next time, as the NAR in it may be right; if it is not, for the last time.
+        let is_found_out = zstd::decode_all(lie).is_ok_and(|nar| nar != case.nar);
+        for asked_at_most in [1, usize::from(!is_found_out)] {
+            let before = case.servers[0].times_asked(&case.target);
+            let next = run.get().await;
+            let nar = zstd::decode_all(&next.body[..]);
+            assert!(!next.cut && nar.unwrap() == case.nar, "{what}");
+            let asked = case.servers[0].times_asked(&case.target) - before;
+            assert!(asked <= asked_at_most, "{what}");
+        }
+    }
+    assert!(mended == 0 || mended == 2, "{what}");
+    mended > 0
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_is_wrong_at_its_end_is_mended_by_another_holder_of_it() {
+    let case = Case::new(LARGE, 2, Says::All);
+    let changed = |place: usize| {
+        let mut other = case.nar.clone();
+        other[place] ^= 1;
+        file_of(&other)
+    };
+    let mut damaged = case.file.clone();
+    *damaged.last_mut().unwrap() ^= 1;
+    let padding = zstd::encode_all(&b""[..], 1).unwrap();
+    let lies = [
+        ("the last byte", changed(LARGE - 1)),
+        ("a byte near the end", changed(LARGE - 800_000)),
+        ("too long a NAR", file_of(&[&*case.nar, b"x"].concat())),
+        ("a damaged file", damaged),
+        ("another frame behind it", [&*case.file, &*padding].concat()),
+    ];
+    for (what, lie) in &lies {
+        assert!(mends(&case, lie, what).await, "{what}");
+    }
+    assert!(!mends(&case, &changed(0), "the first byte").await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn as_long_as_a_holder_of_the_file_is_left_it_mends() {
+    let case = Case::new(LARGE, 3, Says::All);
+    for place in [0, LARGE - 9] {
+        let mut other = case.nar.clone();
+        other[place] ^= 1;
+        let second = file_of(&other);
+        other = case.nar.clone();
+        other[LARGE - 1] ^= 1;
+        case.servers[0].put(&case.target, file_of(&other));
+        case.servers[1].put(&case.target, second);
+        for cache in [None, Some(memory())] {
+            let run = case.over_first(cache).await;
+            run.passes(&case.file, "mended").await;
+            let lies = run.counters().nar_corrupt.value();
+            assert!(lies == 1 || (lies == 2 && place > 0), "{lies}");
+        }
+    }
+    // With none left, it is cut.
+    case.servers[2].put(&case.target, file_of(&case.nar[..LARGE - 1]));
+    for cache in [None, Some(memory())] {
+        let run = case.over_first(cache).await;
+        let answer = run.get().await;
+        assert!(answer.cut && zstd::decode_all(&answer.body[..]).is_err());
+        run.keeps_nothing().await;
     }
 }
 

@@ -1,4 +1,4 @@
-//! Hashes of a NAR's beginnings, taken when it was hashed whole: by them one who takes a transfer over is
+//! Hashes of a NAR's beginnings, taken while it was hashed: by them one who takes a transfer over is
 //! found to repeat the very NAR, without a look at what was given before.
 //!
 //! ```text
@@ -9,7 +9,7 @@
 
 use std::sync::Arc;
 
-use super::digest::NarDigest;
+use super::digest::{NarDigest, Proof};
 use crate::nix::hash::NarHash;
 
 /// The hashes of one NAR's beginnings. A clone is another handle on the same.
@@ -27,15 +27,6 @@ pub struct NotingDigest {
 }
 
 impl Beginnings {
-    /// Adds bytes at the end of a hash, and tells whether they are this NAR's as far as that can be told.
-    pub fn repeat(&self, nar: &mut NarDigest, bytes: &[u8]) -> bool {
-        let mut same = true;
-        by_steps(nar, bytes, |step, beginning| {
-            same &= self.0.get(step) == Some(&beginning);
-        });
-        same
-    }
-
     /// Returns how many bytes of memory the hashes take.
     pub fn size_bytes(&self) -> usize {
         size_of_val(&*self.0)
@@ -44,9 +35,36 @@ impl Beginnings {
 
 impl NotingDigest {
     /// Adds bytes at the end.
-    pub fn update(&mut self, bytes: &[u8]) {
-        let noted = &mut self.noted;
-        by_steps(&mut self.nar, bytes, |_, beginning| noted.push(beginning));
+    pub fn update(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            let missing = STEP_BYTES - self.nar.size() % STEP_BYTES;
+            let missing = usize::try_from(missing).unwrap_or(usize::MAX);
+            let (now, later) = bytes.split_at(missing.min(bytes.len()));
+            self.nar.update(now);
+            bytes = later;
+            if self.nar.size().is_multiple_of(STEP_BYTES) {
+                let NarHash(hash) = self.so_far();
+                let (half, _) = hash.as_chunks::<16>();
+                self.noted.push(half.first().copied().unwrap_or_default());
+            }
+        }
+    }
+
+    /// Tells whether the bytes added are this NAR's, as far as that can be told: up to the last whole MiB.
+    pub fn agrees_with(&self, beginnings: &Beginnings) -> bool {
+        // The hash of a beginning stands for all that are shorter.
+        let last = self.noted.len().checked_sub(1);
+        last.is_none_or(|last| beginnings.0.get(last) == self.noted.last())
+    }
+
+    /// Returns the hashes that were noted until now.
+    pub fn beginnings(&self) -> Beginnings {
+        Beginnings(self.noted.as_slice().into())
+    }
+
+    /// Returns the hash of the bytes added until now.
+    pub fn so_far(&self) -> NarHash {
+        self.nar.clone().finish()
     }
 
     /// Returns the hash of all bytes added, and those of their beginnings.
@@ -55,20 +73,13 @@ impl NotingDigest {
     }
 }
 
-/// Adds bytes to a hash and tells of each whole step.
-fn by_steps(nar: &mut NarDigest, mut bytes: &[u8], mut whole: impl FnMut(usize, Beginning)) {
-    while !bytes.is_empty() {
-        let missing = STEP_BYTES - nar.size() % STEP_BYTES;
-        let missing = usize::try_from(missing).unwrap_or(usize::MAX);
-        let (now, later) = bytes.split_at(missing.min(bytes.len()));
-        nar.update(now);
-        bytes = later;
-        if nar.size().is_multiple_of(STEP_BYTES) {
-            let NarHash(hash) = nar.clone().finish();
-            let step = usize::try_from(nar.size() / STEP_BYTES - 1).unwrap_or(usize::MAX);
-            let (half, _) = hash.as_chunks::<16>();
-            whole(step, half.first().copied().unwrap_or_default());
-        }
+impl Proof for NotingDigest {
+    fn update(&mut self, bytes: &[u8]) {
+        Self::update(self, bytes);
+    }
+
+    fn judge(&self, expected: NarHash) -> Result<(), NarHash> {
+        self.nar.judge(expected)
     }
 }
 
@@ -98,10 +109,14 @@ mod tests {
         assert_eq!(beginnings.size_bytes(), 3 * 16);
         for cut in [1 << 20, 262_144, 1_000_003, 4096] {
             assert_eq!(noted(&nar, cut), (hash, beginnings.clone()));
-            let mut digest = NarDigest::default();
-            let same = |part: &[u8]| beginnings.repeat(&mut digest, part);
+            let mut digest = NotingDigest::default();
+            let same = |part: &[u8]| {
+                digest.update(part);
+                digest.agrees_with(&beginnings)
+            };
             assert!(nar.chunks(cut).all(same));
-            assert_eq!(digest.finish(), hash);
+            assert_eq!(digest.so_far(), hash);
+            assert_eq!(digest.beginnings(), beginnings);
         }
     }
 
@@ -112,10 +127,13 @@ mod tests {
         for (wrong, seen) in [(0, true), ((3 << 20) - 1, true), (3 << 20, false)] {
             let mut other = nar.clone();
             other[wrong] ^= 1;
-            let mut digest = NarDigest::default();
-            assert_eq!(!beginnings.repeat(&mut digest, &other), seen, "{wrong}");
+            let mut digest = NotingDigest::default();
+            digest.update(&other);
+            assert_eq!(!digest.agrees_with(&beginnings), seen, "{wrong}");
         }
         let longer = [&nar[..], &nar].concat();
-        assert!(!beginnings.repeat(&mut NarDigest::default(), &longer));
+        let mut digest = NotingDigest::default();
+        digest.update(&longer);
+        assert!(!digest.agrees_with(&beginnings));
     }
 }

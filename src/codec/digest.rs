@@ -2,7 +2,8 @@
 //!
 //! [`verified`] lets chunks through as they come and holds back only the one that completes the
 //! promised size, until the hash agrees. So whoever reads the stream to its end has the right bytes,
-//! and of a wrong NAR nobody ever gets the last ones: the reader sees a cut.
+//! and of a wrong NAR nobody ever gets the last ones: the reader sees a cut. To hold more of them back, so that
+//! they can be had from elsewhere, is for [`super::held_tail`].
 //!
 //! Hashing happens where the stream is polled, at most 256 KiB (about 120 µs with the processor's SHA
 //! instructions) per item. This is not a parser: any bytes of the right hash pass. Where the bytes are known to be

@@ -67,6 +67,14 @@ pub enum FileError {
         /// Hash promised.
         expected: NarHash,
     },
+    /// The file has the right size, but the NAR inside is not complete.
+    #[error("the file ends after {actual} of {expected} bytes of the nar")]
+    NarShort {
+        /// Bytes that came.
+        actual: u64,
+        /// Bytes promised.
+        expected: u64,
+    },
     /// The NAR inside is right, the file has another size.
     #[error("the file has {actual} bytes or more, but {expected} were promised")]
     FileSize {
@@ -119,9 +127,14 @@ impl FileCheck {
 
     /// Judges the file's end, `Early` when more of it must come.
     pub fn end(&self) -> Result<End, FileError> {
-        let whole = self.nar.size() == self.promise.nar_size && self.decoder.may_end();
-        if !whole {
-            return Ok(End::Early);
+        let (actual, expected) = (self.nar.size(), self.promise.nar_size);
+        if actual < expected || !self.decoder.may_end() {
+            return match self.promise.file_size {
+                Some(size) if size == self.file_size => {
+                    Err(FileError::NarShort { actual, expected })
+                }
+                _ => Ok(End::Early),
+            };
         }
         let actual = self.file_size;
         if let Some(expected) = self.promise.file_size.filter(|size| actual != *size) {
@@ -228,6 +241,10 @@ mod tests {
         assert_eq!(end.unwrap(), End::Early);
         let (end, _) = check(promise(&nar, None), &[], 1);
         assert_eq!(end.unwrap(), End::Early);
+        // As long as it was said to be, and yet its last block is not there.
+        let open = &whole[..whole.len() - 1];
+        let (end, _) = check(promise(&nar, Some(open)), open, 9000);
+        assert!(matches!(end, Err(FileError::NarShort { .. })));
         let nothing = file(b"");
         let (end, _) = check(promise(b"", Some(&nothing)), &nothing, 1);
         assert_eq!(end.unwrap(), End::Whole);

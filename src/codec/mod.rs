@@ -9,5 +9,6 @@ pub mod decompress;
 pub mod decompressor;
 pub mod digest;
 pub mod file_check;
+pub mod held_tail;
 pub mod keyed_sum;
 pub mod slice;

@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tracing::warn;
 
-use crate::codec::beginnings::Beginnings;
-use crate::codec::digest::{NarDigest, Proof};
+use crate::codec::beginnings::{Beginnings, NotingDigest};
+use crate::codec::digest::{DigestError, Proof};
 use crate::codec::keyed_sum::KeyedSum;
 use crate::nix::hash::NarHash;
 use crate::nix::path_info::PathInfo;
@@ -24,24 +24,35 @@ use super::shared::Shared;
 pub(super) struct Givers {
     pub(super) members: Vec<Arc<Member>>,
     /// Of one that took over: all its bytes, those too that were skipped.
-    own: Option<NarDigest>,
+    own: Option<NotingDigest>,
     pub(super) given: Given,
-    /// Of what it repeats, to be compared with [`Given::Vouched`].
-    again: Option<KeyedSum>,
-    /// Whether it was seen not to repeat a [`Given::Proven`].
-    differs: bool,
+    /// What it must repeat, until it has.
+    again: Option<Again>,
+    /// Whether somebody lied, so that what was given is to be doubted.
+    suspect: bool,
+    /// What was known, and how many had given, where bytes began to be held back.
+    mark: Option<(Given, usize)>,
 }
 
-/// What is known of the bytes that were given out.
+/// What is known of the bytes that came.
+#[derive(Clone)]
 pub(super) enum Given {
     /// Their hash so far.
-    Hashed(NarDigest),
+    Hashed(NotingDigest),
     /// The one holder that gave them answers for them when it comes to its end.
     Vouched(KeyedSum),
     /// They are right.
     Proven(Beginnings),
     /// They were, but may have been written to before they were read.
     Doubtful,
+}
+
+/// By what one who takes over is found to repeat what was given.
+enum Again {
+    /// Of what it repeats, to be compared with [`Given::Vouched`].
+    Sum(KeyedSum),
+    /// The beginnings it must have, and the hash of all that was given where that is known.
+    Beginnings(Beginnings, Option<NarHash>),
 }
 
 /// The proof of a relay's bytes, which the relay itself tells of.
@@ -58,12 +69,17 @@ impl Givers {
 
     /// Begins with a holder that repeats what was given; whatever it says of itself, it is hashed.
     pub(super) fn taken_over(&mut self) {
-        self.own = Some(NarDigest::default());
+        self.own = Some(NotingDigest::default());
         self.again = match &self.given {
-            Given::Vouched(sum) => Some(sum.twin()),
-            Given::Hashed(_) | Given::Proven(_) | Given::Doubtful => None,
+            Given::Vouched(sum) => Some(Again::Sum(sum.twin())),
+            Given::Proven(beginnings) => Some(Again::Beginnings(beginnings.clone(), None)),
+            // Its last byte tells, and who is to blame; but not once more for who lied already.
+            Given::Hashed(digest) if self.suspect => Some(Again::Beginnings(
+                digest.beginnings(),
+                Some(digest.so_far()),
+            )),
+            Given::Hashed(_) | Given::Doubtful => None,
         };
-        self.differs = false;
     }
 
     /// Hears that what was being read was written to.
@@ -73,36 +89,58 @@ impl Givers {
         }
     }
 
-    pub(super) fn repeated(&mut self, bytes: &[u8]) {
-        match (&mut self.own, &self.given) {
-            (Some(own), Given::Proven(beginnings)) => {
-                self.differs |= !beginnings.repeat(own, bytes);
+    /// Hears that somebody lied: who takes over must repeat what was given.
+    pub(super) fn suspect(&mut self) {
+        self.suspect = true;
+    }
+
+    /// Hears that what comes now is held back.
+    pub(super) fn mark(&mut self) {
+        if self.mark.is_none() {
+            self.mark = Some((self.given.clone(), self.members.len()));
+        }
+    }
+
+    /// Hears that what was held back is forgotten.
+    pub(super) fn forget_held(&mut self) {
+        if let Some((given, members)) = &self.mark {
+            self.given = given.clone();
+            self.members.truncate(*members);
+        }
+    }
+
+    /// Hears bytes that were given before; an error as soon as they are seen to differ.
+    pub(super) fn repeated(&mut self, bytes: &[u8]) -> Result<(), upstream::Error> {
+        let Some(own) = &mut self.own else {
+            return Ok(());
+        };
+        own.update(bytes);
+        match &mut self.again {
+            Some(Again::Sum(sum)) => sum.update(bytes),
+            Some(Again::Beginnings(beginnings, _)) if !own.agrees_with(beginnings) => {
+                return Err(differs());
             }
-            (Some(own), _) => own.update(bytes),
-            (None, _) => {}
+            _ => {}
         }
-        if let Some(again) = &mut self.again {
-            again.update(bytes);
-        }
+        Ok(())
     }
 
     /// Compares what was repeated with what was given before, once all of it came.
     ///
     /// From then on its hash stands for both.
     pub(super) fn compare(&mut self) -> Result<(), upstream::Error> {
-        let same = match (&self.given, &self.again, &self.own) {
-            (Given::Vouched(sum), Some(again), _) => again.finish() == sum.finish(),
-            (Given::Proven(_), _, Some(_)) => !self.differs,
-            _ => return Ok(()),
+        let Some((own, again)) = self.own.as_ref().zip(self.again.take()) else {
+            return Ok(());
+        };
+        let same = match (&self.given, again) {
+            (Given::Vouched(sum), Again::Sum(again)) => again.finish() == sum.finish(),
+            (_, Again::Beginnings(_, all)) => all.is_none_or(|all| all == own.so_far()),
+            (_, Again::Sum(_)) => false,
         };
         if !same {
-            let cause = "it does not begin with the bytes that were given before";
-            return Err(upstream::Error::Protocol(cause.into()));
+            return Err(differs());
         }
-        self.again = None;
-        if let Some(own) = &self.own {
-            self.given = Given::Hashed(own.clone());
-        }
+        self.given = Given::Hashed(own.clone());
         Ok(())
     }
 
@@ -123,22 +161,39 @@ impl Givers {
         }
     }
 
-    /// Tells whose bytes are wrong, once the last of them came.
-    fn to_blame(&self, expected: NarHash) -> &[Arc<Member>] {
+    /// Judges all bytes, once there are as many as promised; an error is the hash that they have.
+    pub(super) fn judge(&self, expected: NarHash) -> Result<(), NarHash> {
+        match &self.given {
+            Given::Hashed(digest) => digest.judge(expected),
+            Given::Vouched(_) | Given::Proven(_) => Ok(()),
+            // Nothing follows them, so they never are all.
+            Given::Doubtful => Err(expected),
+        }
+    }
+
+    /// Tells whether all that the last one has is right, though it was not the first.
+    ///
+    /// Where the whole is wrong, what it took over is.
+    pub(super) fn last_is_right(&self, expected: NarHash) -> bool {
+        let own = self.own.as_ref();
+        self.members.len() > 1 && own.is_some_and(|own| own.so_far() == expected)
+    }
+
+    /// Tells whose bytes are wrong, once that is seen.
+    pub(super) fn liars<E>(&self, lie: &DigestError<E>, expected: NarHash) -> Vec<Arc<Member>> {
         let Some((last, earlier)) = self.members.split_last() else {
-            return &[];
+            return Vec::new();
         };
-        match &self.own {
-            // All that the last one has is right, so what it took over was not.
-            Some(own) if own.clone().finish() == expected && !earlier.is_empty() => earlier,
-            _ => std::slice::from_ref(last),
+        match lie {
+            DigestError::Mismatch { .. } if self.last_is_right(expected) => earlier.to_vec(),
+            _ => vec![Arc::clone(last)],
         }
     }
 }
 
 impl Default for Given {
     fn default() -> Self {
-        Self::Hashed(NarDigest::default())
+        Self::Hashed(NotingDigest::default())
     }
 }
 
@@ -146,27 +201,25 @@ impl Proof for Witness {
     fn update(&mut self, _: &[u8]) {}
 
     fn judge(&self, expected: NarHash) -> Result<(), NarHash> {
-        match &lock(&self.0).given {
-            Given::Hashed(digest) => digest.judge(expected),
-            Given::Vouched(_) | Given::Proven(_) => Ok(()),
-            // Nothing follows them, so they never are all.
-            Given::Doubtful => Err(expected),
-        }
+        lock(&self.0).judge(expected)
     }
+}
+
+fn differs() -> upstream::Error {
+    upstream::Error::Protocol("it does not begin with the bytes that were given before".into())
 }
 
 /// Counts wrong bytes against those who gave them, asks them for this path no more for a while,
 /// and returns their names.
-pub(super) fn blame(
+pub(super) fn accuse(
     shared: &Shared,
     info: &PathInfo,
-    givers: &Mutex<Givers>,
+    members: &[Arc<Member>],
     cause: &str,
 ) -> String {
     shared.counters.nar_corrupt.increment();
     let mut names = Vec::new();
-    let givers = lock(givers);
-    for member in givers.to_blame(info.nar_hash) {
+    for member in members {
         member.refused.fetch_add(1, Ordering::Relaxed);
         shared.corrupt.insert((info.path.hash(), member.id), ());
         if member.id == KEPT {

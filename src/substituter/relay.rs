@@ -6,37 +6,43 @@
 //! What a holder has checked itself is not hashed again, see [`OpenedNar`]. Should it break, who takes over must
 //! repeat the same bytes, and all of its own are hashed: a [`KeyedSum`] of what was given tells, or, where each
 //! chunk was known to be right, the hashes of the NAR's beginnings.
+//!
+//! Bytes that are held back, see [`super::sound`], are not given yet: who takes over gives them anew.
 
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
-use futures_util::stream::BoxStream;
 use futures_util::{StreamExt as _, stream};
 use tokio::time::{sleep, timeout};
-use tracing::warn;
 
 use crate::codec::digest::{self, DigestError};
+use crate::codec::held_tail::HeldTail;
 use crate::codec::keyed_sum::KeyedSum;
 use crate::nix::path_info::PathInfo;
 use crate::upstream::{self, NarStream, OpenedNar};
 
 use super::berth::Berth;
-use super::givers::{Given, Givers, Witness, blame, lock};
+use super::givers::{Given, Givers, Witness, accuse, lock};
 use super::member::Member;
 use super::source::Source;
 use super::transfer::Error;
 
 /// The bytes of one NAR, unchecked, from one holder after the other.
 pub(super) struct Relay {
-    source: Source,
+    pub(super) source: Source,
     /// Where the bytes come from, while somebody asks for more.
     current: Option<(Arc<Member>, NarStream)>,
     /// Where that is left until somebody does.
     berth: Arc<Berth>,
-    givers: Arc<Mutex<Givers>>,
-    offset: u64,
+    /// Whether the current stream was left there.
+    is_left: bool,
+    pub(super) givers: Arc<Mutex<Givers>>,
+    /// What came, and what of it is held back.
+    pub(super) tail: HeldTail,
     /// Bytes that the current holder repeats.
     skip: u64,
+    /// Who was found not to repeat what was given.
+    pub(super) differed: Vec<Arc<Member>>,
     cause: upstream::Error,
 }
 
@@ -45,11 +51,13 @@ impl Relay {
     pub(super) fn new(source: Source) -> Self {
         Self {
             berth: source.shared.berths.berth(),
+            tail: HeldTail::nothing(),
             source,
             current: None,
+            is_left: false,
             givers: Arc::default(),
-            offset: 0,
             skip: 0,
+            differed: Vec::new(),
             cause: upstream::Error::Down("nobody has it".into()),
         }
     }
@@ -76,7 +84,8 @@ impl Relay {
                 Err(DigestError::Source(_)) if self.is_doubtful() => self.begin_anew(),
                 Err(DigestError::Source(_)) => return None,
                 Err(error) => {
-                    blame(&shared, &info, &givers, &error.to_string());
+                    let liars = lock(&givers).liars(&error, info.nar_hash);
+                    accuse(&shared, &info, &liars, &error.to_string());
                     // One that took over may be right.
                     for member in &lock(&givers).members {
                         self.source.set_aside(member);
@@ -89,56 +98,32 @@ impl Relay {
 
     /// Forgets what was read; the next holder gives the first byte.
     fn begin_anew(&mut self) {
-        drop(self.berth.take_back());
-        (self.current, self.offset, self.skip) = (None, 0, 0);
+        self.drop_stream();
+        (self.tail, self.skip) = (HeldTail::nothing(), 0);
         *lock(&self.givers) = Givers::default();
     }
 
-    /// Begins a checked stream; `None` when no holder gives a first byte.
-    ///
-    /// Dropped, the transfer ends.
-    pub(super) async fn into_checked(mut self) -> Option<BoxStream<'static, Result<Bytes, Error>>> {
-        let (shared, info) = (Arc::clone(&self.source.shared), self.info());
-        let givers = Arc::clone(&self.givers);
-        // Nothing is promised to the client before somebody gives a first chunk.
-        let Some(Ok(first)) = self.next().await else {
-            return None;
-        };
-        let rest = stream::unfold(self, |mut relay| async move {
-            let item = relay.next().await?;
-            Some((item, relay))
-        });
-        let relayed = stream::iter([Ok(first)]).chain(rest);
-        let witness = Witness(Arc::clone(&givers));
-        let relayed = relayed.boxed();
-        let checked = digest::verified_by(witness, relayed, info.nar_hash, info.nar_size);
-        let named = checked.map(move |item| {
-            let error = match item {
-                Ok(chunk) => {
-                    shared.counters.nar_bytes.add(chunk.len() as u64);
-                    return Ok(chunk);
-                }
-                Err(error) => error,
-            };
-            shared.counters.nar_cut.increment();
-            Err(match error {
-                DigestError::Source(error) => {
-                    warn!(path = %info.path, %error, "transfer cut");
-                    error
-                }
-                error => {
-                    let cause = error.to_string();
-                    let upstream = blame(&shared, &info, &givers, &cause);
-                    Error::Corrupt { upstream, cause }
-                }
-            })
-        });
-        Some(named.boxed())
+    /// Goes on with the next holder, which must repeat what was given; what is held back is forgotten.
+    pub(super) fn distrust(&mut self) {
+        self.drop_stream();
+        let mut givers = lock(&self.givers);
+        givers.suspect();
+        // One that took over may be right.
+        for member in &givers.members {
+            self.source.set_aside(member);
+        }
     }
 
-    async fn next(&mut self) -> Option<Result<Bytes, Error>> {
+    /// Ends the current stream.
+    pub(super) fn drop_stream(&mut self) {
+        drop(self.berth.take_back());
+        (self.current, self.is_left) = (None, false);
+    }
+
+    /// Reads a chunk; it is empty where it is held back. `None` at the end, when all came or more.
+    pub(super) async fn next(&mut self) -> Option<Result<Bytes, Error>> {
         self.current = self.berth.take_back();
-        if self.current.is_none() && self.offset > 0 {
+        if self.current.is_none() && std::mem::take(&mut self.is_left) {
             // It made room for others: the same holder, when it is its turn again.
             if let Some(last) = lock(&self.givers).members.last() {
                 self.source.retry_first(last);
@@ -147,6 +132,7 @@ impl Relay {
         let item = self.next_of_current().await;
         if let Some(current) = self.current.take() {
             self.berth.leave(current);
+            self.is_left = true;
         }
         item
     }
@@ -163,11 +149,11 @@ impl Relay {
                 }
                 continue;
             };
-            if self.offset >= self.source.info.nar_size {
+            if self.tail.came() >= self.source.info.nar_size {
                 // What a holder gives beyond the end is for the check to see; one that gives
                 // nothing and does not end has given all.
                 let more = timeout(stall, nar.next()).await.ok()??;
-                return more.ok().map(Ok);
+                return more.ok().map(|more| Ok(self.tail.take(more)));
             }
             let timed_out = |after| upstream::Error::TimedOut {
                 question: "NAR",
@@ -201,19 +187,34 @@ impl Relay {
             .unwrap_or(usize::MAX)
             .min(chunk.len());
         self.skip -= repeated as u64;
-        givers.repeated(&chunk.split_to(repeated));
+        let mut same = givers.repeated(&chunk.split_to(repeated));
         if self.skip == 0 {
-            givers.compare()?;
+            same = same.and_then(|()| givers.compare());
         }
-        self.offset += chunk.len() as u64;
+        let member = self.current.as_ref().map(|(member, _)| member);
+        same.inspect_err(|_| self.differed.extend(member.cloned()))?;
         if chunk.is_empty() {
             return Ok(None);
         }
-        givers.gave(&chunk);
-        if let Some((member, _)) = &self.current {
-            givers.add(member);
+        let is_right = matches!(givers.given, Given::Proven(_));
+        let passes = match is_right {
+            true => chunk.len(),
+            false => self.tail.passes(&chunk),
+        };
+        for (bytes, is_held) in [(chunk.get(..passes), false), (chunk.get(passes..), true)] {
+            let Some(bytes) = bytes.filter(|bytes| !bytes.is_empty()) else {
+                continue;
+            };
+            if is_held {
+                givers.mark();
+            }
+            givers.gave(bytes);
+            member.iter().for_each(|member| givers.add(member));
         }
-        Ok(Some(chunk))
+        Ok(Some(match is_right {
+            true => self.tail.take_right(chunk),
+            false => self.tail.take(chunk),
+        }))
     }
 
     /// Tells whether what was given may be wrong, so that nobody can go on from there.
@@ -222,11 +223,11 @@ impl Relay {
     }
 
     fn drop_current(&mut self, error: upstream::Error) {
-        if self.offset > 0 && matches!(error, upstream::Error::Written(_)) {
+        if self.tail.given() > 0 && matches!(error, upstream::Error::Written(_)) {
             lock(&self.givers).doubt();
         }
         if let Some((member, _)) = self.current.take() {
-            self.source.broke(&member, self.offset, &error);
+            self.source.broke(&member, self.tail.came(), &error);
         }
         self.cause = error;
     }
@@ -238,7 +239,7 @@ impl Relay {
         };
         let Some(next) = next else {
             return Err(Error::NoHolderLeft {
-                offset: self.offset,
+                offset: self.tail.came(),
                 cause: self.cause.clone(),
             });
         };
@@ -249,18 +250,20 @@ impl Relay {
             OpenedNar::Unchecked(stream) => (stream, Given::default()),
         };
         let mut givers = lock(&self.givers);
-        if self.offset == 0 {
+        self.tail.forget();
+        if self.tail.given() == 0 {
             *givers = Givers::first(given);
         } else {
             self.source.shared.counters.nar_resumed.increment();
+            givers.forget_held();
             givers.taken_over();
         }
-        self.skip = self.offset;
+        self.skip = self.tail.given();
         self.current = Some((member, stream));
         Ok(())
     }
 
-    fn info(&self) -> Arc<PathInfo> {
+    pub(super) fn info(&self) -> Arc<PathInfo> {
         Arc::clone(&self.source.info)
     }
 }

@@ -1,14 +1,14 @@
 //! A NAR request: checked bytes from whoever has them, in the encoding that was asked for.
 //!
 //! Small NARs are read and checked whole before the first byte is given out; of larger ones the
-//! last chunk is held back until size and hash agree.
+//! last bytes are held back until size and hash agree, see [`super::sound`].
 //!
 //! What is kept on disk is served as the file that it is. Everything else is kept on its way, see
 //! [`super::filling`], but what is asked for uncompressed and lies in this machine's own store: a copy
 //! of it would save nothing.
 //!
 //! ```text
-//! source (who has it) ┬─> relay (next holder at the same byte) -> digest -> filling | encoder
+//! source (who has it) ┬─> relay (next holder at the same byte) -> sound -> filling | encoder
 //!                     └─> passing (the upstream's own zstd file, checked) -> filling
 //! ```
 
@@ -44,6 +44,11 @@ pub struct Options {
     pub whole_bytes_max: u64,
     /// KiB that such NARs take together; further ones wait, and clients that stopped make room.
     pub whole_kib_max: u32,
+    /// Last bytes of a larger NAR that are held back until hash and size agree, so that another holder can give
+    /// them anew; as much memory as each transfer takes at its end, twice that where a file passes as it is.
+    /// 1 MiB: a wrong end is known with the last byte, so a client at 1 Gbit/s waits 8 ms for what it held, and
+    /// 64 clients that stop reading there hold no more than the small NARs do.
+    pub tail_bytes: u64,
     /// Silence, before or within a NAR, after which another holder is taken if there is one.
     pub stall: Duration,
     /// Silence within a NAR after which the last holder is given up, too.

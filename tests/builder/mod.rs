@@ -301,6 +301,13 @@ impl Builder {
         self.daemon_with(self.path("socket"), &self.environment())
     }
 
+    /// Starts the daemon of another store with the same store directory, which lies below a root of its own.
+    pub fn daemon_at(&self, root: &Path) -> Daemon {
+        let mut environment = self.environment();
+        environment.insert("NIX_REMOTE", format!("local?root={}", root.display()));
+        self.daemon_with(root.join("socket"), &environment)
+    }
+
     fn daemon_with(&self, socket: PathBuf, environment: &BTreeMap<&str, String>) -> Daemon {
         let mut command = Command::new(self.path("bin").join("nix-daemon"));
         command

@@ -58,6 +58,12 @@ pub enum NarScript {
     StallAt(usize),
     /// Gives it with its last byte flipped.
     FlipLast,
+    /// Gives it with this byte flipped.
+    FlipAt(usize),
+    /// Gives it, and one byte more.
+    Long,
+    /// Gives the bytes up to the second place, the first place flipped, and then an error.
+    FlipAtBreakAt(usize, usize),
     /// Gives the first bytes, and then says that they may have been written to.
     WrittenAt(usize),
     /// Gives the first bytes, the very first one flipped, and then an error.
@@ -259,6 +265,22 @@ impl Upstream for Scripted {
                 *bytes.last_mut().unwrap() ^= 1;
                 Some(stream::iter(chunks(&bytes)).boxed())
             }
+            NarScript::FlipAt(place) => {
+                let mut bytes = nar.to_vec();
+                bytes[place] ^= 1;
+                Some(stream::iter(chunks(&bytes)).boxed())
+            }
+            NarScript::Long => {
+                let bytes = [&nar[..], b"x"].concat();
+                Some(stream::iter(chunks(&bytes)).boxed())
+            }
+            NarScript::FlipAtBreakAt(place, at) => {
+                let mut bytes = nar[..at].to_vec();
+                bytes[place] ^= 1;
+                let mut items = chunks(&bytes);
+                items.push(Err(broken()));
+                Some(stream::iter(items).boxed())
+            }
         };
         let held = |stream: NarStream| {
             let held = stream.inspect(move |_| {
@@ -364,6 +386,7 @@ pub fn options() -> substituter::Options {
         transfer: transfer::Options {
             whole_bytes_max: 4 << 20,
             whole_kib_max: 64 << 10,
+            tail_bytes: 1 << 20,
             stall: Duration::from_millis(200),
             stall_last: Duration::from_millis(600),
             refusal: Duration::from_millis(1600),
