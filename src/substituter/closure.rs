@@ -10,7 +10,7 @@
 //! all others      level by level: a round trip each; also when the above fails
 //! ```
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -97,6 +97,22 @@ pub(super) fn follow(shared: &Arc<Shared>, member: &Arc<Member>, top: &PathInfo)
 /// Paths that were announced, with those who wait for them.
 type Awaited = HashMap<StorePathHash, (StorePath, Landing<Option<Arc<Entry>>>)>;
 
+/// What a builder told of some paths, with those who wait for it.
+struct Told {
+    claims: Vec<(PathInfo, Landing<Option<Arc<Entry>>>)>,
+    /// Whether the builder can be asked for more.
+    goes_on: bool,
+}
+
+impl Default for Told {
+    fn default() -> Self {
+        Self {
+            claims: Vec::new(),
+            goes_on: true,
+        }
+    }
+}
+
 struct Walk {
     shared: Arc<Shared>,
     member: Arc<Member>,
@@ -105,67 +121,86 @@ struct Walk {
 }
 
 impl Walk {
-    async fn run(&mut self, mut level: Vec<StorePath>) {
-        level.retain(|path| !self.is_known(path));
-        while !level.is_empty() {
-            let mut next = Vec::new();
-            for batch in level.chunks(self.options.batch_max) {
-                if self.seen.len() > self.options.paths_max {
-                    debug!(
-                        paths = self.seen.len(),
-                        "closure is too large, rest not fetched ahead"
-                    );
-                    return;
-                }
-                if !self.fetch(batch, &mut next).await {
-                    return;
-                }
+    /// Fetches level by level. What a level refers to is asked for while the level itself is checked and signed.
+    async fn run(&mut self, first: Vec<StorePath>) {
+        let mut wanted: VecDeque<_> = first.into();
+        wanted.retain(|path| !self.is_known(path));
+        let mut told = Told::default();
+        loop {
+            let references = told.claims.iter().flat_map(|(claim, _)| &claim.references);
+            let references: Vec<_> = references.cloned().collect();
+            wanted.extend(self.unknown(&references));
+            if self.seen.len() > self.options.paths_max {
+                debug!(
+                    paths = self.seen.len(),
+                    "closure is too large, rest not fetched ahead"
+                );
+                wanted.clear();
             }
-            level = next;
+            if !told.goes_on {
+                wanted.clear();
+            }
+            let count = wanted.len().min(self.options.batch_max.max(1));
+            let batch: Vec<_> = wanted.drain(..count).collect();
+            if batch.is_empty() && told.claims.is_empty() {
+                return;
+            }
+            let (next, taken_in) = tokio::join!(self.ask(batch), self.take_in_all(told));
+            if !taken_in {
+                return;
+            }
+            told = next;
         }
     }
 
-    /// Fetches one batch; `false` when the upstream cannot be asked any more.
-    async fn fetch(&mut self, batch: &[StorePath], next: &mut Vec<StorePath>) -> bool {
+    /// Asks for some path infos, which are not checked yet.
+    async fn ask(&self, batch: Vec<StorePath>) -> Told {
         // A path that somebody asks for already has a flight of its own.
-        let (paths, landings): (Vec<_>, Vec<_>) = batch
-            .iter()
-            .filter_map(|path| {
-                let landing = self.shared.flights.announce(path.hash())?;
-                Some((path.clone(), landing))
-            })
-            .unzip();
+        let announce = |path: StorePath| Some((self.shared.flights.announce(path.hash())?, path));
+        let (landings, paths): (Vec<_>, Vec<_>) = batch.into_iter().filter_map(announce).unzip();
+        let mut told = Told::default();
         if paths.is_empty() {
-            return true;
+            return told;
         }
-        let setup = self.shared.setup();
-        if setup.member(self.member.id).is_none() {
-            return false;
+        if self.shared.setup().member(self.member.id).is_none() {
+            told.goes_on = false;
+            return told;
         }
         let answers = tokio::select! {
             answers = self.member.upstream.path_infos(&paths) => answers,
-            () = self.member.sickness() => return false,
+            () = self.member.sickness() => {
+                told.goes_on = false;
+                return told;
+            }
         };
         // One batch that is late is one time-out, however many questions it had.
         let failed = answers
             .iter()
             .filter_map(|answer| answer.as_ref().err())
             .find(|error| !matches!(error, Error::Remote(_)));
-        let alive = failed.is_none();
+        told.goes_on = failed.is_none();
         let _ = self.member.note(failed.cloned().map_or(Ok(()), Err));
         for ((answer, path), landing) in answers.into_iter().zip(paths).zip(landings) {
-            let Ok(Some(claim)) = answer else {
-                continue;
-            };
-            if claim.path != path {
-                continue;
+            match answer {
+                Ok(Some(claim)) if claim.path == path => told.claims.push((claim, landing)),
+                _ => {}
             }
-            let Some(references) = self.take_in(&setup, claim, landing).await else {
-                return false;
-            };
-            next.extend(self.unknown(&references));
         }
-        alive
+        told
+    }
+
+    /// Checks and keeps what was told and gives it to who waits; `false`: the setup was replaced, stop.
+    async fn take_in_all(&self, told: Told) -> bool {
+        let setup = self.shared.setup();
+        if setup.member(self.member.id).is_none() {
+            return false;
+        }
+        for (claim, landing) in told.claims {
+            if self.take_in(&setup, claim, landing).await.is_none() {
+                return false;
+            }
+        }
+        true
     }
 
     /// Fetches the closure in two round trips, however deep it is; `false`: not done.
@@ -243,19 +278,19 @@ impl Walk {
         setup: &Arc<Setup>,
         claim: PathInfo,
         landing: Landing<Option<Arc<Entry>>>,
-    ) -> Option<Vec<StorePath>> {
+    ) -> Option<()> {
         let Answer::Found(info) = self.member.verify(claim, setup.store_dir()) else {
-            return Some(Vec::new());
+            return Some(());
         };
         if self.shared.is_distrusted(info.path.hash(), self.member.id) {
-            return Some(Vec::new());
+            return Some(());
         }
         let entry = self.shared.commit(setup, &self.member, &info, now())?;
         self.shared.counters.narinfo_prefetched.increment();
         landing.land(Some(entry));
         // Signing takes its time, and others have questions, too.
         tokio::task::yield_now().await;
-        Some(info.references.clone())
+        Some(())
     }
 
     /// Returns those that were not seen on this walk and are not known.
