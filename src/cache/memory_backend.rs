@@ -185,6 +185,7 @@ impl Backend for MemoryBackend {
     async fn stop(&self) {
         let mut kept = self.lock();
         kept.entries.clear();
+        (kept.stats.entries, kept.stats.bytes) = (0, 0);
         kept.stopped = true;
     }
 }
