@@ -180,19 +180,11 @@ impl Shared {
         session: &Session,
         requests: Vec<Request>,
     ) -> Vec<Result<Reply, Error>> {
-        let silence_max = self.options.query_timeout;
-        let (mut answered, mut since) = (0, Instant::now());
-        let enough = |now_answered| {
-            if now_answered > answered {
-                (answered, since) = (now_answered, Instant::now());
-            }
-            (since.elapsed() >= silence_max).then_some(Error::TimedOut {
-                question: "AddTempRoot",
-                after: silence_max,
-            })
-        };
-        let tick = (silence_max / 8).clamp(TICK_MIN, TICK_MAX);
-        session.ask_many_until(requests, tick, enough).await
+        let after = self.options.query_timeout;
+        let question = "AddTempRoot";
+        let silent = || Error::TimedOut { question, after };
+        let asked = session.ask_many_while_heard(requests, after, || None, silent);
+        asked.await
     }
 
     /// Reads the two answers for a path, and notes that it is rooted.
@@ -352,10 +344,6 @@ impl Default for RootsOptions {
         }
     }
 }
-
-/// How often it is looked whether answers still come.
-const TICK_MIN: Duration = Duration::from_millis(10);
-const TICK_MAX: Duration = Duration::from_millis(250);
 
 /// How long before the end of a generation the session for the next is opened.
 const SPARE_BEFORE: Duration = Duration::from_secs(30);

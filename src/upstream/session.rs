@@ -97,7 +97,7 @@ impl Session {
     /// Asks many questions until `enough` says why they are given up; what came until then counts.
     ///
     /// `enough` is called with how many are answered whenever `tick` has passed.
-    pub async fn ask_many_until(
+    async fn ask_many_until(
         &self,
         requests: Vec<Request>,
         tick: Duration,
@@ -116,6 +116,28 @@ impl Session {
         };
         let answers = many.finish(given_up).into_iter();
         answers.map(|answer| answer.map_err(elsewhere)).collect()
+    }
+
+    /// Asks many questions until no answer came for `silence_max`, or `enough` says why they are given up; what came
+    /// until then counts.
+    ///
+    /// `enough` is asked several times within that time.
+    pub async fn ask_many_while_heard(
+        &self,
+        requests: Vec<Request>,
+        silence_max: Duration,
+        mut enough: impl FnMut() -> Option<Error>,
+        timed_out: impl Fn() -> Error,
+    ) -> Vec<Result<Reply, Error>> {
+        let (mut answered, mut since) = (0, Instant::now());
+        let tick = (silence_max / 8).clamp(TICK_MIN, TICK_MAX);
+        let enough = |now_answered| {
+            if now_answered > answered {
+                (answered, since) = (now_answered, Instant::now());
+            }
+            enough().or_else(|| (since.elapsed() >= silence_max).then(&timed_out))
+        };
+        self.ask_many_until(requests, tick, enough).await
     }
 
     /// Opens a NAR, without a bound in time.
@@ -192,5 +214,9 @@ impl Default for SessionOptions {
         }
     }
 }
+
+/// How often it is looked whether answers still come.
+const TICK_MIN: Duration = Duration::from_millis(10);
+const TICK_MAX: Duration = Duration::from_millis(250);
 
 const NOBODYS: &str = "00000000000000000000000000000000-store-directory";

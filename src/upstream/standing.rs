@@ -202,20 +202,16 @@ impl Standing {
         };
         live.pulse.before_question(&live.session);
         let begun = Instant::now();
-        let (mut answered, mut since) = (0, begun);
-        let tick = (silence_max / 8).clamp(TICK_MIN, TICK_MAX);
-        let enough = |now_answered| {
-            if now_answered > answered {
-                (answered, since) = (now_answered, Instant::now());
-            }
+        let timed_out = |after| self.timed_out(live, question, after);
+        let enough = || {
             if !self.shared.status.borrow().is(live) {
                 return Some(Error::Lost("the connection was given up".into()));
             }
-            let (silent, whole) = (since.elapsed(), begun.elapsed());
-            (silent >= silence_max || whole >= whole_max)
-                .then(|| self.timed_out(live, question, whole.min(silence_max)))
+            (begun.elapsed() >= whole_max).then(|| timed_out(silence_max.min(whole_max)))
         };
-        live.session.ask_many_until(requests, tick, enough).await
+        let silent = || timed_out(silence_max);
+        let asked = (live.session).ask_many_while_heard(requests, silence_max, enough, silent);
+        asked.await
     }
 
     /// Waits until this connection is no longer the one that questions go to.
@@ -279,10 +275,6 @@ impl Default for StandingOptions {
         }
     }
 }
-
-/// How often it is looked whether answers still come.
-const TICK_MIN: Duration = Duration::from_millis(10);
-const TICK_MAX: Duration = Duration::from_millis(250);
 
 /// An attempt younger than this is not given up for another.
 const FRESH: Duration = Duration::from_secs(2);
