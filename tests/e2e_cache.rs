@@ -303,7 +303,9 @@ fn a_slow_client_holds_no_builder_once_its_nar_is_kept() {
     client.substitutes_from(&muster);
     muster.await_log(10.0, "@b1: well");
     let transfer = client.spawn("transfer", &format!("nix-store --realise {path}"));
-    assert!(eventually(20.0, || transfer.err().contains("copying path")));
+    // It says "copying path" before it asks.
+    let asked = |m: &mut Muster<'_>| !m.get("/healthz").text().contains(r#""nars":0,"#);
+    assert!(eventually(20.0, || asked(&mut muster)), "{}", muster.log());
     client.signal("nix-store", Signal::STOP);
     muster.await_kept(std::slice::from_ref(&path));
     b1.dead();
