@@ -19,7 +19,7 @@ use tokio::time::sleep;
 use tracing::{debug, info_span};
 
 use crate::cache::memory::{Entry, UpstreamId};
-use crate::nix::store_path::{StorePath, StorePathHash};
+use crate::nix::store_path::StorePath;
 
 use super::Setup;
 use super::shared::Shared;
@@ -28,7 +28,7 @@ use super::shared::Shared;
 #[derive(Default)]
 pub(super) struct Keeping {
     // Never held over an await; no other lock is taken under it.
-    gathered: Mutex<Vec<(StorePathHash, Arc<Entry>)>>,
+    gathered: Mutex<Vec<Arc<Entry>>>,
 }
 
 /// A path, and whom it can be kept at, the next one last.
@@ -39,14 +39,14 @@ struct Promised {
 }
 
 impl Keeping {
-    fn gathered(&self) -> MutexGuard<'_, Vec<(StorePathHash, Arc<Entry>)>> {
+    fn gathered(&self) -> MutexGuard<'_, Vec<Arc<Entry>>> {
         self.gathered.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Shared {
     /// Has the path kept alive on a holder, in the background, where that is due.
-    pub(super) fn keep(self: &Arc<Self>, hash: StorePathHash, entry: &Arc<Entry>, now: Instant) {
+    pub(super) fn keep(self: &Arc<Self>, entry: &Arc<Entry>, now: Instant) {
         if !entry.keep_is_due(self.options.keep_interval, now) {
             return;
         }
@@ -55,7 +55,7 @@ impl Shared {
             if gathered.len() >= GATHERED_MAX {
                 return;
             }
-            gathered.push((hash, Arc::clone(entry)));
+            gathered.push(Arc::clone(entry));
             gathered.len() == 1
         };
         // It is the work of many requests.
@@ -73,7 +73,7 @@ async fn keep_gathered(shared: Arc<Shared>) {
     let setup = shared.setup();
     let mut promised = Vec::with_capacity(gathered.len());
     for some in gathered.chunks(PARSED_AT_ONCE) {
-        promised.extend(some.iter().filter_map(|(_, entry)| {
+        promised.extend(some.iter().filter_map(|entry| {
             let mut holders = entry.holders();
             holders.reverse();
             Some(Promised {

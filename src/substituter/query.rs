@@ -55,7 +55,7 @@ pub(super) async fn entry(
                 if freshness == Freshness::Stale {
                     revalidate(shared, hash, &entry);
                 }
-                shared.keep(hash, &entry, asked);
+                shared.keep(&entry, asked);
                 note(&entry);
                 return Some(entry);
             }
@@ -68,7 +68,7 @@ pub(super) async fn entry(
                 if let Some(entry) = shared.recall(&shared.setup(), hash, asked) {
                     count(&shared.counters.narinfo_recalled);
                     revalidate(shared, hash, &entry);
-                    shared.keep(hash, &entry, asked);
+                    shared.keep(&entry, asked);
                     return Some(entry);
                 }
             }
@@ -77,7 +77,7 @@ pub(super) async fn entry(
         // An announced flight that was abandoned: look again, and lead this time.
         if let Some(answer) = shared.flights.join(hash, lead).await {
             if let Some(entry) = &answer {
-                shared.keep(hash, entry, now());
+                shared.keep(entry, now());
                 note(entry);
             }
             return match (answer, wanted) {
