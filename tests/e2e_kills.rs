@@ -49,13 +49,17 @@ fn killed_again_and_again_while_it_fills_and_evicts_it_serves_whole_nars_only() 
     for kill in 0..kills {
         let muster = Muster::serve(&client, &args);
         let key = muster.key();
-        // By what it does and not by the clock, as machines are slow and quick.
+        // By what it does and not by the clock, as machines are slow and quick: half of them while NARs come in,
+        // half once some are kept, for which the small ones wait up to a second.
         let (begun, enough) = (AtomicUsize::new(0), fastrand::usize(1..24));
+        let kept_enough = fastrand::u64(1..12) * (kill % 2) as u64;
         let after = Duration::from_millis(fastrand::u64(0..60));
         whole += thread::scope(|scope| {
             let ask = |_| scope.spawn(|| ask_until_it_dies(&socket, &paths, &hashes, &begun));
             let askers: Vec<_> = (0..4).map(ask).collect();
-            let at_work = eventually(20.0, || begun.load(Ordering::Relaxed) >= enough);
+            let at_work = eventually(20.0, || {
+                begun.load(Ordering::Relaxed) >= enough && kept_since_start(&socket) >= kept_enough
+            });
             assert!(at_work, "{}", muster.log());
             thread::sleep(after);
             muster.crash();
@@ -98,6 +102,13 @@ fn killed_again_and_again_while_it_fills_and_evicts_it_serves_whole_nars_only() 
         "{filling} of {kills} in a fill, {checked} kept, {} different, {whole} answers",
         seen.len()
     );
+}
+
+/// How many NARs have been kept since Muster started.
+fn kept_since_start(socket: &Path) -> u64 {
+    let healthz = http::request(socket, "GET", "/healthz", &[]).text();
+    let report: serde_json::Value = serde_json::from_str(&healthz).expect("JSON");
+    report["cache"]["fills"].as_u64().expect("a figure")
 }
 
 /// Asks for one path after the other as long as there are answers; each that is whole must be right. Counts
