@@ -372,6 +372,32 @@ async fn a_whole_closure_is_verified_as_any_path_info() {
     }
 }
 
+/// A closure of which nobody signed more than the top could be endless.
+#[tokio::test(start_paused = true)]
+async fn what_a_refused_path_refers_to_is_not_asked_for() {
+    for (signed, asked) in [(1, 1), (2, 2), (5, 4)] {
+        let upstream = Scripted::new("a");
+        let paths = chain(5, 10);
+        for (place, (info, nar)) in paths.iter().enumerate() {
+            let mut info = info.clone();
+            if place < signed {
+                let store_dir = muster::nix::store_path::StoreDir::default();
+                let fingerprint = muster::nix::fingerprint::of_path(&info, &store_dir);
+                info.signatures = vec![key().sign(&fingerprint)];
+            }
+            upstream.add(&info, nar);
+        }
+        let trust = Trust::Keys(vec![key().public()]);
+        let all = std::slice::from_ref(&upstream);
+        let substituter = support::new_substituter(options(), setup(all, &trust, Encoding::None));
+        look(&substituter, &paths[..1]).await;
+        sleep(Duration::from_secs(1)).await;
+        let prefetched = substituter.counters().narinfo_prefetched.value();
+        assert_eq!(prefetched, signed as u64 - 1);
+        assert_eq!(upstream.batches.load(Ordering::Relaxed), asked, "{signed}");
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_closure_that_is_too_large_is_fetched_up_to_its_bound() {
     let paths = chain(50, 10);

@@ -18,7 +18,7 @@ use tracing::debug;
 
 use crate::cache::memory::{Entry, Lookup};
 use crate::cache::single_flight::Landing;
-use crate::nix::path_info::PathInfo;
+use crate::nix::path_info::{PathInfo, Trust, Verified};
 use crate::nix::store_path::{StorePath, StorePathHash};
 use crate::upstream::Error;
 use crate::upstream::closures::Closures;
@@ -97,9 +97,9 @@ pub(super) fn follow(shared: &Arc<Shared>, member: &Arc<Member>, top: &PathInfo)
 /// Paths that were announced, with those who wait for them.
 type Awaited = HashMap<StorePathHash, (StorePath, Landing<Option<Arc<Entry>>>)>;
 
-/// What a builder told of some paths, with those who wait for it.
+/// What a builder told of some paths and is believed, with those who wait for it.
 struct Told {
-    claims: Vec<(PathInfo, Landing<Option<Arc<Entry>>>)>,
+    infos: Vec<(Verified, Landing<Option<Arc<Entry>>>)>,
     /// Whether the builder can be asked for more.
     goes_on: bool,
 }
@@ -107,7 +107,7 @@ struct Told {
 impl Default for Told {
     fn default() -> Self {
         Self {
-            claims: Vec::new(),
+            infos: Vec::new(),
             goes_on: true,
         }
     }
@@ -121,13 +121,13 @@ struct Walk {
 }
 
 impl Walk {
-    /// Fetches level by level. What a level refers to is asked for while the level itself is checked and signed.
+    /// Fetches level by level. What a level refers to is asked for while the level itself is signed.
     async fn run(&mut self, first: Vec<StorePath>) {
         let mut wanted: VecDeque<_> = first.into();
         wanted.retain(|path| !self.is_known(path));
         let mut told = Told::default();
         loop {
-            let references = told.claims.iter().flat_map(|(claim, _)| &claim.references);
+            let references = told.infos.iter().flat_map(|(info, _)| &info.references);
             let references: Vec<_> = references.cloned().collect();
             wanted.extend(self.unknown(&references));
             if self.seen.len() > self.options.paths_max {
@@ -142,7 +142,7 @@ impl Walk {
             }
             let count = wanted.len().min(self.options.batch_max.max(1));
             let batch: Vec<_> = wanted.drain(..count).collect();
-            if batch.is_empty() && told.claims.is_empty() {
+            if batch.is_empty() && told.infos.is_empty() {
                 return;
             }
             let (next, taken_in) = tokio::join!(self.ask(batch), self.take_in_all(told));
@@ -153,7 +153,7 @@ impl Walk {
         }
     }
 
-    /// Asks for some path infos, which are not checked yet.
+    /// Asks for some path infos; what is not believed is left out, and so is what it refers to.
     async fn ask(&self, batch: Vec<StorePath>) -> Told {
         // A path that somebody asks for already has a flight of its own.
         let announce = |path: StorePath| Some((self.shared.flights.announce(path.hash())?, path));
@@ -162,7 +162,8 @@ impl Walk {
         if paths.is_empty() {
             return told;
         }
-        if self.shared.setup().member(self.member.id).is_none() {
+        let setup = self.shared.setup();
+        if setup.member(self.member.id).is_none() {
             told.goes_on = false;
             return told;
         }
@@ -181,22 +182,28 @@ impl Walk {
         told.goes_on = failed.is_none();
         let _ = self.member.note(failed.cloned().map_or(Ok(()), Err));
         for ((answer, path), landing) in answers.into_iter().zip(paths).zip(landings) {
-            match answer {
-                Ok(Some(claim)) if claim.path == path => told.claims.push((claim, landing)),
-                _ => {}
+            if let Ok(Some(claim)) = answer
+                && claim.path == path
+                && let Some(info) = self.check(&setup, claim)
+            {
+                told.infos.push((info, landing));
+            }
+            if matches!(self.member.trust, Trust::Keys(_)) {
+                // Checking takes its time, and others have questions, too.
+                tokio::task::yield_now().await;
             }
         }
         told
     }
 
-    /// Checks and keeps what was told and gives it to who waits; `false`: the setup was replaced, stop.
+    /// Keeps what was told and gives it to who waits; `false`: the setup was replaced, stop.
     async fn take_in_all(&self, told: Told) -> bool {
         let setup = self.shared.setup();
         if setup.member(self.member.id).is_none() {
             return false;
         }
-        for (claim, landing) in told.claims {
-            if self.take_in(&setup, claim, landing).await.is_none() {
+        for (info, landing) in told.infos {
+            if self.take_in(&setup, &info, landing).await.is_none() {
                 return false;
             }
         }
@@ -252,10 +259,10 @@ impl Walk {
                 let Some((path, landing)) = awaited.remove(&claim.path.hash()) else {
                     continue;
                 };
-                if claim.path != path {
-                    continue;
-                }
-                if self.take_in(&setup, claim, landing).await.is_none() {
+                if claim.path == path
+                    && let Some(info) = self.check(&setup, claim)
+                    && self.take_in(&setup, &info, landing).await.is_none()
+                {
                     return Ok(());
                 }
             }
@@ -272,20 +279,23 @@ impl Walk {
         }
     }
 
-    /// Checks and keeps a claim and gives it to who waits; `None`: the setup was replaced, stop.
+    /// Checks a claim; `None`: the builder is not believed about it.
+    fn check(&self, setup: &Setup, claim: PathInfo) -> Option<Verified> {
+        let Answer::Found(info) = self.member.verify(claim, setup.store_dir()) else {
+            return None;
+        };
+        let distrusted = self.shared.is_distrusted(info.path.hash(), self.member.id);
+        (!distrusted).then_some(info)
+    }
+
+    /// Keeps a path info and gives it to who waits; `None`: the setup was replaced, stop.
     async fn take_in(
         &self,
         setup: &Arc<Setup>,
-        claim: PathInfo,
+        info: &Verified,
         landing: Landing<Option<Arc<Entry>>>,
     ) -> Option<()> {
-        let Answer::Found(info) = self.member.verify(claim, setup.store_dir()) else {
-            return Some(());
-        };
-        if self.shared.is_distrusted(info.path.hash(), self.member.id) {
-            return Some(());
-        }
-        let entry = self.shared.commit(setup, &self.member, &info, now())?;
+        let entry = self.shared.commit(setup, &self.member, info, now())?;
         self.shared.counters.narinfo_prefetched.increment();
         landing.land(Some(entry));
         // Signing takes its time, and others have questions, too.
