@@ -135,7 +135,10 @@ impl FileRelay {
                 Ok(Some(Err(error))) => error,
                 Ok(None) => match end {
                     Ok(_) => upstream::Error::Lost("it ended early".into()),
-                    Err(_) => return Ok(None),
+                    Err(_) => {
+                        self.name_who_gave_nothing();
+                        return Ok(None);
+                    }
                 },
                 Err(_) => {
                     // Not the same again, if there is another.
@@ -181,6 +184,15 @@ impl FileRelay {
             self.givers.push(Arc::clone(member));
         }
         Some(chunk)
+    }
+
+    /// Has an empty file be somebody's: else nobody is left out of those that are asked for it anew.
+    fn name_who_gave_nothing(&mut self) {
+        if self.givers.is_empty()
+            && let Some((member, _)) = &self.current
+        {
+            self.givers.push(Arc::clone(member));
+        }
     }
 
     fn drop_current(&mut self, error: upstream::Error) {
