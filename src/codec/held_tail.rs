@@ -7,11 +7,14 @@
 //!
 //! A hash tells of a whole NAR alone, so whatever is wrong is known when the last byte came. What is held then can
 //! be had again from somebody else, what was given cannot. The tail begins at a byte that the NAR's size tells, so
-//! nothing is held before that, and chunks are cut there. Chunks are kept as they came; nothing is hashed here.
+//! nothing is held before that, and chunks are cut there; but the chunk that completes the NAR is held whole, however
+//! large it is, as it is wrong if the NAR is. Nothing is hashed here.
 
 use std::collections::VecDeque;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
+
+use super::chunks::append;
 
 /// The chunks of one NAR that are held back, and where it is.
 #[derive(Clone, Debug)]
@@ -49,6 +52,9 @@ impl HeldTail {
 
     /// Returns how many bytes of a chunk that comes now would pass, before the others are held.
     pub fn passes(&self, chunk: &[u8]) -> usize {
+        if self.came().saturating_add(chunk.len() as u64) >= self.size {
+            return 0;
+        }
         match usize::try_from(self.from.saturating_sub(self.came())) {
             Ok(room) => room.min(chunk.len()),
             Err(_) => chunk.len(),
@@ -89,40 +95,28 @@ impl HeldTail {
         self.held_bytes = 0;
     }
 
-    /// Lets the next chunk of the tail go, at most 256 KiB of small ones in one; `None` when nothing is held.
+    /// Lets the next chunk of the tail go; `None` when nothing is held.
     pub fn let_go(&mut self) -> Option<Bytes> {
-        let mut chunk = self.held.pop_front()?;
-        if chunk.len() < SMALL_BYTES && self.fits(chunk.len()) {
-            let mut joined = BytesMut::from(chunk);
-            while self.fits(joined.len()) {
-                joined.extend_from_slice(&self.held.pop_front().unwrap_or_default());
-            }
-            chunk = joined.freeze();
-        }
+        let chunk = self.held.pop_front()?;
         self.given += chunk.len() as u64;
         self.held_bytes -= chunk.len() as u64;
         Some(chunk)
     }
 
-    /// Tells whether the next held chunk may be joined to so many bytes.
-    fn fits(&self, bytes: usize) -> bool {
-        let next = self.held.front();
-        next.is_some_and(|next| bytes + next.len() <= JOINED_BYTES_MAX)
-    }
-
+    /// Holds a chunk, small ones joined: each would cost more than its bytes, and many at once would overrun a reader
+    /// that counts chunks.
     fn hold(&mut self, chunk: Bytes) {
-        if !chunk.is_empty() {
-            self.held_bytes += chunk.len() as u64;
-            self.held.push_back(chunk);
+        if chunk.is_empty() {
+            return;
         }
+        self.held_bytes += chunk.len() as u64;
+        let apart = match self.held.back_mut() {
+            Some(last) => append(last, chunk),
+            None => Some(chunk),
+        };
+        self.held.extend(apart);
     }
 }
-
-/// Chunks below this are joined: many at once would overrun a reader that counts chunks.
-const SMALL_BYTES: usize = 32 << 10;
-
-/// As much as any chunk has.
-const JOINED_BYTES_MAX: usize = 256 << 10;
 
 #[cfg(test)]
 mod tests {
@@ -148,7 +142,8 @@ mod tests {
     #[test]
     fn a_forgotten_tail_is_taken_anew_from_where_it_began() {
         let mut tail = HeldTail::new(6, 4);
-        assert_eq!(tail.take(Bytes::from_static(b"abcdxx")), "ab");
+        assert_eq!(tail.take(Bytes::from_static(b"abcdx")), "ab");
+        assert_eq!(tail.take(Bytes::from_static(b"x")), "");
         tail.forget();
         assert_eq!((tail.given(), tail.came()), (2, 2));
         assert_eq!(tail.take(Bytes::from_static(b"cd")), "");
@@ -164,6 +159,18 @@ mod tests {
         assert_eq!((tail.given(), tail.came()), (0, 4));
         tail.forget();
         assert_eq!(tail.came(), 0);
+    }
+
+    /// Else what of it passed would be counted as given, and then not be given for the rest being wrong.
+    #[test]
+    fn a_chunk_that_completes_the_nar_is_held_whole() {
+        let mut tail = HeldTail::new(6, 1);
+        assert_eq!(tail.take(Bytes::from_static(b"ab")), "ab");
+        assert_eq!(tail.take(Bytes::from_static(b"cdef")), "");
+        assert_eq!((tail.given(), tail.came()), (2, 6));
+        tail.forget();
+        assert_eq!(tail.take(Bytes::from_static(b"cdefgh")), "");
+        assert_eq!((tail.given(), tail.came()), (2, 8));
     }
 
     #[test]
@@ -188,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn small_chunks_are_let_go_together_and_large_ones_as_they_are() {
+    fn small_chunks_are_held_together_and_large_ones_as_they_are() {
         let mut tail = HeldTail::new(1 << 20, 1 << 20);
         let large = Bytes::from(vec![1; 200 << 10]);
         let sizes = [4 << 10, 4 << 10, 200 << 10, 100 << 10, 1, 1];
@@ -197,6 +204,9 @@ mod tests {
         }
         let joined: Vec<_> = std::iter::from_fn(|| tail.let_go().map(|it| it.len())).collect();
         assert_eq!(joined, [208 << 10, 100 << 10, 2]);
+        let mut tail = HeldTail::new(1 << 20, 1 << 20);
+        (0..100_000).for_each(|_| drop(tail.take(Bytes::from_static(b"x"))));
+        assert!(tail.held.len() < 5, "{} for 100 kB", tail.held.len());
         let mut tail = HeldTail::new(1 << 20, 1 << 20);
         assert_eq!(tail.take(large.clone()), "");
         let same = tail.let_go().unwrap();
@@ -213,11 +223,15 @@ mod tests {
             let mut tail = HeldTail::new(nar.len() as u64, tail_bytes);
             let mut rest = Bytes::from(nar.clone());
             let mut out = vec![];
+            let mut last = 0;
             for cut in cuts {
-                out.extend_from_slice(&tail.take(rest.split_to(cut.min(rest.len()))));
+                let chunk = rest.split_to(cut.min(rest.len()));
+                last = if chunk.is_empty() { last } else { chunk.len() };
+                out.extend_from_slice(&tail.take(chunk));
             }
+            last = if rest.is_empty() { last } else { rest.len() };
             out.extend_from_slice(&tail.take(rest));
-            let held = nar.len().min(usize::try_from(tail_bytes).unwrap());
+            let held = nar.len().min(usize::try_from(tail_bytes).unwrap().max(last));
             proptest::prop_assert_eq!(out.len(), nar.len() - held);
             out.extend(drained(&mut tail));
             proptest::prop_assert_eq!(out, nar);

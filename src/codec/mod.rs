@@ -2,6 +2,7 @@
 
 pub mod beginnings;
 pub mod catalog;
+pub mod chunks;
 pub mod closure_wire;
 pub mod compression;
 pub mod compressor;

@@ -21,6 +21,7 @@ use futures_util::stream::{self, BoxStream, StreamExt as _};
 use tracing::{info, warn};
 
 use crate::cache::nar_name::FileHash;
+use crate::codec::chunks;
 use crate::codec::compression::Encoding;
 use crate::codec::file_check::{FileCheck, FileError};
 use crate::codec::keyed_sum::KeyedSum;
@@ -137,7 +138,10 @@ impl Passing {
             file.extend_from_slice(&chunk);
         }
         self.file.shared.counters.nar_passed.increment();
-        Some(file.freeze())
+        // It may wait to be written, and what it grew into for its length is up to twice of it.
+        let mut file = Vec::from(file);
+        file.shrink_to_fit();
+        Some(file.into())
     }
 
     /// Returns the next chunk that need not be held back, and at the end those that were.
@@ -217,10 +221,20 @@ impl Passing {
             let tail_bytes = self.file.shared.options.transfer.tail_bytes;
             let left = self.file.info.nar_size - self.check.nar_bytes();
             let is_tail = self.can_mend && left < tail_bytes;
-            self.held_bytes += chunk.len();
-            self.held.push_back(Held { chunk, is_tail });
+            self.hold(Held { chunk, is_tail });
         }
         Ok(())
+    }
+
+    /// Holds a chunk; what waits for the end is joined where it is small.
+    fn hold(&mut self, Held { chunk, is_tail }: Held) {
+        self.held_bytes += chunk.len();
+        let apart = match self.held.back_mut() {
+            Some(last) if is_tail && last.is_tail => chunks::append(&mut last.chunk, chunk),
+            _ => Some(chunk),
+        };
+        let apart = apart.map(|chunk| Held { chunk, is_tail });
+        self.held.extend(apart);
     }
 
     /// Blames who gave a wrong file, and begins at another; an error when none is left.
