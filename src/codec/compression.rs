@@ -165,14 +165,14 @@ impl Encoder {
             && levels.are_quick(encoding)
             && let Some(file) = encode_small(encoding, levels, &nar)?
         {
-            return Ok(file.into());
+            return Ok(exact(file));
         }
         let work = move || {
             let Some(mut compressor) = Compressor::new(encoding, levels, nar.len() as u64)? else {
                 return Ok(nar);
             };
             compressor.write(&nar)?;
-            compressor.finish().map(Bytes::from)
+            compressor.finish().map(exact)
         };
         self.run(work).await
     }
@@ -190,6 +190,12 @@ impl Encoder {
         });
         done.await.map_err(io::Error::other)?
     }
+}
+
+/// Takes no more memory than the file has bytes: it may be kept for long, and room was made for the worst.
+fn exact(mut file: Vec<u8>) -> Bytes {
+    file.shrink_to_fit();
+    file.into()
 }
 
 /// The stream that [`Encoder::encode_stream`] makes.

@@ -161,6 +161,12 @@ mod tests {
             let mut damaged = file.clone();
             *damaged.last_mut().unwrap() ^= 1;
             assert!(zstd::decode_all(&damaged[..]).is_err());
+            // A part of a kept file that is gone is made anew by the other one.
+            let levels = Levels { zstd: 3, xz: 1 };
+            let other = Compressor::new(Encoding::Zstd, levels, nar.len() as u64);
+            let mut other = other.unwrap().unwrap();
+            other.write(nar).unwrap();
+            assert_eq!(&other.finish().unwrap(), file);
         }
         let none = encode_small(Encoding::Xz, Levels::default(), &[0]);
         assert!(none.unwrap().is_none());

@@ -119,8 +119,9 @@ impl WriteBehind {
         };
         let shared = Arc::clone(&intake.shared);
         let this = &shared.write_behind;
-        let kib = u32::try_from(bytes.len().div_ceil(1024)).unwrap_or(u32::MAX);
-        let Ok(room) = Arc::clone(&this.room).try_acquire_many_owned(kib.max(1)) else {
+        let kib = bytes.len().div_ceil(1024) + KIB_BESIDE;
+        let kib = u32::try_from(kib).unwrap_or(u32::MAX);
+        let Ok(room) = Arc::clone(&this.room).try_acquire_many_owned(kib) else {
             return;
         };
         let key = (source.info.path.hash(), source.info.nar_hash);
@@ -149,14 +150,21 @@ impl WriteBehind {
         }
         // It is the work of many requests.
         let apart = info_span!(parent: None, "write behind");
-        let spawn = || shared.tasks.spawn(attend(Arc::clone(&shared)));
-        if first && !apart.in_scope(spawn) {
-            this.give_up();
+        let spawn = || {
+            shared
+                .tasks
+                .spawn(attend(Ending(Some(Arc::clone(&shared)))))
+        };
+        if first {
+            apart.in_scope(spawn);
         }
     }
 
-    /// Returns a NAR that waits, in the encoding of the URL.
+    /// Returns a NAR that waits, in the encoding of the URL; a URL that names a file means another one.
     pub(super) fn get(&self, url: &NarUrl) -> Option<Bytes> {
+        if url.file_hash.is_some() {
+            return None;
+        }
         let form = match url.encoding {
             Encoding::None => Form::Nar,
             Encoding::Zstd => Form::File,
@@ -256,9 +264,11 @@ impl WriteBehind {
 }
 
 /// Writes what waits, whenever it is time, until nothing does.
-async fn attend(shared: Arc<Shared>) {
+async fn attend(mut ending: Ending) {
+    let Some(shared) = ending.0.clone() else {
+        return;
+    };
     let this = &shared.write_behind;
-    let mut ending = Ending(Some(this));
     loop {
         this.due(&shared.counters).await;
         let Some(taken) = this.take() else {
@@ -275,13 +285,13 @@ async fn attend(shared: Arc<Shared>) {
     ending.0 = None;
 }
 
-/// Lets go of what waits when the task that attends is ended from outside.
-struct Ending<'a>(Option<&'a WriteBehind>);
+/// Lets go of what waits when the task that attends is not begun, or is ended from outside.
+struct Ending(Option<Arc<Shared>>);
 
-impl Drop for Ending<'_> {
+impl Drop for Ending {
     fn drop(&mut self) {
-        if let Some(this) = self.0 {
-            this.give_up();
+        if let Some(shared) = &self.0 {
+            shared.write_behind.give_up();
         }
     }
 }
@@ -297,7 +307,7 @@ async fn write(taken: Vec<Waiting>) {
     join_all(commits).await;
 }
 
-/// Writes the file of a NAR; `None`, and the cache has said so, where it cannot be.
+/// Writes the file of a NAR; `None` where it cannot be, which the cache has said, or the encoder has no memory.
 async fn fill(waiting: &Waiting) -> Option<Fill> {
     let shared = &waiting.intake.shared;
     let mut fill = waiting.intake.begin()?;
@@ -314,6 +324,8 @@ async fn fill(waiting: &Waiting) -> Option<Fill> {
     Some(fill)
 }
 
+/// What an entry takes beside its bytes: a path info, mostly.
+const KIB_BESIDE: usize = 1;
 /// As many as one group commit takes.
 const WRITTEN_AT_ONCE: usize = 256;
 /// Some hundred files are written in a few ms on a machine at rest.
