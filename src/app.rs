@@ -246,6 +246,7 @@ fn substituter_options(config: &Config) -> substituter::Options {
             tail_bytes: 1 << 20,
             stall: Duration::from_secs(5),
             stall_last: Duration::from_secs(30),
+            others_within: Duration::from_millis(500),
             refusal: Duration::from_secs(6),
             encoder: EncoderOptions {
                 concurrent: config.max_encoders,

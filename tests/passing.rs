@@ -171,8 +171,9 @@ impl Running {
             },
         };
         let mut options = options();
-        options.transfer.stall = Duration::from_millis(500);
-        options.transfer.stall_last = Duration::from_secs(2);
+        // The machine may be busy: nothing stalls that is not told to.
+        options.transfer.stall = Duration::from_secs(2);
+        options.transfer.stall_last = Duration::from_secs(8);
         let substituter = Substituter::new(options, setup, kept.clone());
         let served = serve(substituter.clone()).await;
         let narinfo = format!("/{}.narinfo", info.path.hash());
@@ -466,6 +467,22 @@ async fn as_long_as_a_holder_of_the_file_is_left_it_mends() {
         let answer = run.get().await;
         assert!(answer.cut && zstd::decode_all(&answer.body[..]).is_err());
         run.keeps_nothing().await;
+    }
+}
+
+/// Nobody gave a byte of it, and yet it is somebody's.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_empty_file_is_asked_for_once() {
+    let case = Case::new(LARGE, 2, Says::All);
+    let (empty, hash) = (&case.servers[0], NarHash::of(&case.file).0);
+    empty.put(&case.target, "");
+    case.say(empty, Some(hash), Some(0));
+    for cache in [None, Some(memory())] {
+        let before = empty.times_asked(&case.target);
+        let run = case.over_first(cache).await;
+        run.passes(&case.file, "the other's").await;
+        assert_eq!(empty.times_asked(&case.target), before + 1);
+        assert_eq!(run.counters().nar_corrupt.value(), 1);
     }
 }
 

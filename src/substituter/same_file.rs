@@ -5,7 +5,6 @@
 //! it cannot begin anew once its first bytes are given.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use futures_util::StreamExt as _;
 use futures_util::future::join_all;
@@ -45,7 +44,7 @@ pub(super) async fn holders(
         let setup = shared.setup();
         let ids: Vec<_> = known.iter().map(|member| member.id).collect();
         let mut others = query::ask(&setup, info.path.hash(), &ids).answers;
-        let found = timeout(OTHERS_PATIENCE, async {
+        let found = timeout(shared.options.transfer.others_within, async {
             let mut found = Vec::new();
             while let Some((member, answer)) = others.next().await {
                 match answer {
@@ -73,7 +72,8 @@ async fn file_of(shared: &Shared, member: &Arc<Member>, info: &PathInfo) -> Opti
     if shared.unpassable.contains_key(&id) || shared.corrupt.contains_key(&id) {
         return None;
     }
-    let asked = timeout(OTHERS_PATIENCE, member.upstream.encoded_nar(info));
+    let within = shared.options.transfer.others_within;
+    let asked = timeout(within, member.upstream.encoded_nar(info));
     let nar = asked.await.ok()?.ok()??;
     let is_served = nar.compression == Encoding::Zstd.compression();
     is_served.then(|| Holder {
@@ -86,6 +86,3 @@ async fn file_of(shared: &Shared, member: &Arc<Member>, info: &PathInfo) -> Opti
 pub(super) fn file_hash(nar: &EncodedNar) -> Option<[u8; 32]> {
     nar.file_hash.as_ref()?.sha256()
 }
-
-/// For all upstreams to say whether they have a large NAR, too; its transfer takes longer in any case.
-const OTHERS_PATIENCE: Duration = Duration::from_millis(500);

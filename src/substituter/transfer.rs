@@ -53,6 +53,9 @@ pub struct Options {
     pub stall: Duration,
     /// Silence within a NAR after which the last holder is given up, too.
     pub stall_last: Duration,
+    /// For all holders to say which file they have, and all upstreams whether they have a large NAR, too, before it may
+    /// pass as a file; the transfer of a large one takes longer in any case.
+    pub others_within: Duration,
     /// For how long a last holder that lets nobody in, though it answers questions, is tried again.
     pub refusal: Duration,
     /// How NARs are compressed on the fly.
@@ -341,13 +344,10 @@ pub(super) fn encode(
     encoded.map(move |item| item.map_err(cut)).boxed()
 }
 
-/// Reads, checks and encodes a small NAR once there is room for it in memory, unless it waits there to be kept.
+/// Reads, checks and encodes a small NAR once there is room for it in memory.
 async fn whole(shared: &Arc<Shared>, source: Source, url: &NarUrl) -> Option<NarBody> {
     let room = shared.lending.room(source.info.nar_size).await?;
-    let bytes = match shared.write_behind.get(url) {
-        Some(bytes) => bytes,
-        None => read_shared(shared, source, *url).await?,
-    };
+    let bytes = read_shared(shared, source, *url).await?;
     Some(Lending::lend(shared, url, bytes, room))
 }
 
@@ -358,8 +358,12 @@ async fn read_shared(shared: &Arc<Shared>, source: Source, url: NarUrl) -> Optio
     shared.small_nars.join(url, read).await?
 }
 
-/// Reads, checks and encodes a small NAR, and has it kept; its memory is the caller's to bound.
+/// Reads, checks and encodes a small NAR, and has it kept, unless it waits for that already; its memory is the
+/// caller's to bound.
 pub(super) async fn read_whole(shared: &Shared, source: Source, url: &NarUrl) -> Option<Bytes> {
+    if let Some(bytes) = shared.write_behind.get(url) {
+        return Some(bytes);
+    }
     if let Some(passing) = Passing::begin(&source, url).await
         && let Some(file) = passing.whole().await
     {

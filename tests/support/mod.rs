@@ -389,6 +389,8 @@ pub fn options() -> substituter::Options {
             tail_bytes: 1 << 20,
             stall: Duration::from_millis(200),
             stall_last: Duration::from_millis(600),
+            // The machine may be busy: all have their say.
+            others_within: Duration::from_secs(10),
             refusal: Duration::from_millis(1600),
             encoder: EncoderOptions::default(),
         },
