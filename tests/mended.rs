@@ -23,6 +23,9 @@ const BYTES: usize = (6 << 20) + 4321;
 /// The first byte that is held back.
 const TAIL: usize = BYTES - (1 << 20);
 
+/// The machine may be busy: nothing stalls that is not told to.
+const STALL: Duration = Duration::from_secs(4);
+
 /// All lies that cost the client nothing.
 const MENDED: [NarScript; 5] = [
     FlipLast,
@@ -70,9 +73,8 @@ impl Case {
     async fn run(&self, encoding: Encoding) -> Run {
         let hash = self.info.path.hash();
         let mut options = options();
-        // The machine may be busy: nothing stalls that is not told to.
-        options.transfer.stall = Duration::from_secs(2);
-        options.transfer.stall_last = Duration::from_secs(4);
+        options.transfer.stall = STALL;
+        options.transfer.stall_last = STALL * 2;
         let setup = setup(&self.holders, &Trust::Operator, encoding);
         let substituter = Substituter::new(options, setup, self.backend.clone());
         assert!(substituter.narinfo(hash).await.is_some());
@@ -184,11 +186,7 @@ async fn a_lie_at_the_beginning_is_seen_at_the_next_mib_of_another() {
     let run = case.run(Encoding::None).await;
     let begun = std::time::Instant::now();
     let cut = run.nar(Encoding::None).await.unwrap_err();
-    assert!(
-        cut.cut && begun.elapsed() < Duration::from_secs(2),
-        "{:?}",
-        begun.elapsed()
-    );
+    assert!(cut.cut && begun.elapsed() < STALL, "{:?}", begun.elapsed());
     assert_eq!((run.refused(), case.nars()), (vec![1, 0], vec![1, 1]));
 }
 
