@@ -27,7 +27,7 @@ use muster::server::{self, Info};
 use muster::substituter::member::Member;
 use muster::substituter::publish::Publisher;
 use muster::substituter::{
-    self, Setup, Substituter, closure, filling, health, transfer, write_behind,
+    self, Setup, Substituter, ahead, closure, filling, health, transfer, write_behind,
 };
 use muster::upstream::closures::Closures;
 use muster::upstream::{Error, Link, NarStream, OpenedNar, Upstream};
@@ -44,6 +44,11 @@ pub fn new_substituter(options: substituter::Options, setup: Setup) -> Substitut
 /// Tells whether [`new_substituter`] makes one that keeps NARs.
 pub fn keeps() -> bool {
     std::env::var_os("MUSTER_TEST_CACHE").is_some()
+}
+
+/// Tells whether [`options`] pull small NARs ahead of the client: `MUSTER_TEST_NARS_AHEAD`.
+pub fn pulls_ahead() -> bool {
+    std::env::var_os("MUSTER_TEST_NARS_AHEAD").is_some()
 }
 
 /// What a scripted upstream does with the next NARs.
@@ -393,7 +398,7 @@ pub fn options() -> substituter::Options {
             encoder: EncoderOptions::default(),
         },
         prefetch: Some(closure::Options::default()),
-        ahead: None,
+        ahead: pulls_ahead().then(ahead::Options::default),
         keep_interval: Duration::from_secs(450),
         tasks_max: 1000,
     }
