@@ -237,6 +237,41 @@ fn whatever_a_cache_does_to_a_nar_the_client_has_it_from_the_next_holder() {
     });
 }
 
+/// Between them lies that silence alone: half of the NAR is there at once, and the builder gives the rest in no time.
+#[test]
+fn a_nar_that_stalls_goes_on_elsewhere_after_the_time_that_is_set() {
+    let lab = Lab::new();
+    let origin = Origin::new(&lab);
+    let lane = Lane::new(&origin, 0, &["b1"]);
+    let target = lane.serve("none", &origin.large);
+    let nar = lane.server.file(&target);
+    let stalls = Fault::Stall(nar.len() / 2);
+    lane.server.fault(&target, Some(stalls));
+    for (said, least, most) in [("", 5.0, 8.0), ("stall-timeout = 2\n", 2.0, 5.0)] {
+        let take = || {
+            lane.client.write("/etc/muster.toml", said);
+            let wait_for = ["localhost:8000", "@b1"];
+            let mut muster = lane.begin("--config /etc/muster.toml", &wait_for);
+            let narinfo = muster.narinfo(&origin.large);
+            let url = format!("/{}", narinfo.field("URL").expect("a URL"));
+            let began = Instant::now();
+            let got = muster.get(&url);
+            let took = began.elapsed().as_secs_f64();
+            assert!(got.complete && got.body == nar, "{}", muster.log());
+            assert!(took >= least, "{said:?}: {took} s\n{}", muster.log());
+            took
+        };
+        // Another time where the machine had much else to do.
+        let took: Vec<f64> = std::iter::repeat_with(take)
+            .take(3)
+            .scan(false, |done, took| {
+                (!std::mem::replace(done, took < most)).then_some(took)
+            })
+            .collect();
+        assert!(took.iter().any(|took| *took < most), "{said:?}: {took:?}");
+    }
+}
+
 /// What is done to a NAR.
 type Change = fn(&mut Vec<u8>);
 
