@@ -73,6 +73,8 @@ pub enum NarScript {
     WrittenAt(usize),
     /// Gives the first bytes, the very first one flipped, and then an error.
     FlipFirstBreakAt(usize),
+    /// Gives as much as [`Scripted::metered`] says by then.
+    Metered,
     /// Says that it is gone.
     Gone,
 }
@@ -103,6 +105,8 @@ pub struct Scripted {
     pub kept: Mutex<Vec<StorePath>>,
     /// How many paths it was asked to keep at one go.
     pub kept_together: Mutex<Vec<usize>>,
+    /// The bytes of each NAR that it has given out at most, where that is its script.
+    pub metered: watch::Sender<usize>,
     /// Who tells whole closures, where that is to be possible.
     pub closures: Mutex<Option<Arc<dyn Closures>>>,
 }
@@ -129,6 +133,7 @@ impl Scripted {
             nars_open: Arc::default(),
             kept: Mutex::default(),
             kept_together: Mutex::default(),
+            metered: watch::Sender::new(0),
             closures: Mutex::default(),
         })
     }
@@ -248,6 +253,19 @@ impl Upstream for Scripted {
                 let mut items = chunks(&nar[..at.min(nar.len())]);
                 items.push(Err(broken()));
                 Some(stream::iter(items).boxed())
+            }
+            NarScript::Metered => {
+                let metered = self.metered.subscribe();
+                let mut given = 0;
+                let items = stream::iter(chunks(&nar)).then(move |chunk| {
+                    given += chunk.as_ref().map_or(0, Bytes::len);
+                    let (mut metered, end) = (metered.clone(), given);
+                    async move {
+                        let _ = metered.wait_for(|most| *most >= end).await;
+                        chunk
+                    }
+                });
+                Some(items.boxed())
             }
             NarScript::WrittenAt(at) => {
                 let mut items = chunks(&nar[..at.min(nar.len())]);
