@@ -493,6 +493,59 @@ fn a_trusted_cache_that_lies_is_found_out_by_one_client() {
     lane.has(path);
 }
 
+/// Nobody checks what a trusted cache declares but the bytes themselves: no room is made for it, and none is taken.
+#[test]
+fn ten_gigabytes_that_a_trusted_cache_only_declares_cost_nothing() {
+    let lab = Lab::new();
+    let origin = Origin::new(&lab);
+    let lane = Lane::new(&origin, 0, &[]);
+    let target = lane.serve("zstd", &origin.small);
+    let narinfo = narinfo_target(&origin.small);
+    let text = String::from_utf8(lane.server.file(&narinfo)).expect("a text");
+    let lines = text.lines().map(|line| match line.split(' ').next() {
+        Some("NarSize:") => "NarSize: 10000000000",
+        _ => line,
+    });
+    let declared = format!("{}\n", lines.collect::<Vec<_>>().join("\n"));
+    let declared = Fault::Body(declared.into_bytes(), "X: y");
+    lane.server.fault(&narinfo, Some(declared));
+    let upstream = format!("http://localhost:{PORT}?trusted=1");
+    let args = format!("--cache-size 10G --upstream '{upstream}'");
+    let mut muster = Muster::serve(&lane.client, &args);
+    muster.await_log(10.0, "localhost:8000: well");
+    let lines = muster.lines().join("\n");
+    let lines = format!("{lines}\ndownload-attempts = 2\nfallback = true");
+    lane.client.configure(&lines);
+    lane.client.realise(&origin.large).ok();
+    muster.await_kept(std::slice::from_ref(&origin.large));
+
+    // As long as its file is, and as long as it says.
+    for fault in [None, Some(Fault::Length(10 << 30))] {
+        lane.client.fresh_store();
+        lane.server.fault(&target, fault);
+        let before = lane.server.times_asked(&target);
+        let built = lane.client.realise_attr("big", "--argstr seed small");
+        // It began to copy it, which failed.
+        assert_eq!(
+            (built.rc, built.built()),
+            (0, 1),
+            "{built}\n{}",
+            muster.log()
+        );
+        lane.has(&origin.small);
+        let asked = lane.server.times_asked(&target) - before;
+        assert!(asked > 0, "{}", muster.log());
+    }
+    let report = muster.get("/healthz").text();
+    let report: serde_json::Value = serde_json::from_str(&report).expect("JSON");
+    let cache = &report["cache"];
+    let figures = ["evictions", "bytes-reserved"].map(|name| cache[name].as_u64());
+    assert_eq!(figures, [Some(0), Some(0)], "{cache}");
+    assert!(muster.names_a_file(&origin.large), "{}", muster.log());
+    let memory = muster.memory_peak_kb();
+    assert!(memory < 150_000, "{memory} kB");
+}
+
 #[test]
 fn a_cache_behind_a_bad_certificate_is_done_without_and_a_good_one_is_used() {
     let lab = Lab::new();
