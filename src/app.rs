@@ -244,8 +244,8 @@ fn substituter_options(config: &Config) -> substituter::Options {
             whole_bytes_max: 4 << 20,
             whole_kib_max: 256 << 10,
             tail_bytes: 1 << 20,
-            stall: Duration::from_secs(5),
-            stall_last: Duration::from_secs(30),
+            stall: config.stall_timeout,
+            stall_last: STALL_LAST.max(config.stall_timeout * 2),
             others_within: Duration::from_millis(500),
             refusal: Duration::from_secs(6),
             encoder: EncoderOptions {
@@ -297,6 +297,10 @@ async fn watchdog() {
         tokio::time::sleep(interval / 2).await;
     }
 }
+
+/// How long the last holder of a NAR may bring nothing, at least: a cut is worse than a pause. In half of it that holder
+/// is tried once more, with no less patience than any other.
+const STALL_LAST: Duration = Duration::from_secs(30);
 
 /// Files that are not clients' connections: pipes to ssh, listeners, the runtime's own.
 const OWN_FILES: usize = 200;

@@ -124,6 +124,9 @@ fn a_mistake_in_a_file_is_named_with_its_line_and_its_remedy() {
         ),
         ("negative-ttl = \"3\"", "1:16", "a number of seconds"),
         ("roots-lifetime = 0", "1:18", "more than 0"),
+        ("stall-timeout = 0", "1:17", "a whole number from 1 to 60"),
+        ("stall-timeout = 61", "1:17", "a whole number from 1 to 60"),
+        ("stall-timeout = -5", "1:17", "a whole number from 1 to 60"),
         ("memory-cache-size = \"64Q\"", "1:21", "64M"),
         ("compression = \"zst\"", "1:15", "auto, none, zstd or xz"),
         (

@@ -237,6 +237,41 @@ fn whatever_a_cache_does_to_a_nar_the_client_has_it_from_the_next_holder() {
     });
 }
 
+/// Between them lies that silence alone: half of the NAR is there at once, and the builder gives the rest in no time.
+#[test]
+fn a_nar_that_stalls_goes_on_elsewhere_after_the_time_that_is_set() {
+    let lab = Lab::new();
+    let origin = Origin::new(&lab);
+    let lane = Lane::new(&origin, 0, &["b1"]);
+    let target = lane.serve("none", &origin.large);
+    let nar = lane.server.file(&target);
+    let stalls = Fault::Stall(nar.len() / 2);
+    lane.server.fault(&target, Some(stalls));
+    for (said, least, most) in [("", 5.0, 8.0), ("stall-timeout = 2\n", 2.0, 5.0)] {
+        let take = || {
+            lane.client.write("/etc/muster.toml", said);
+            let wait_for = ["localhost:8000", "@b1"];
+            let mut muster = lane.begin("--config /etc/muster.toml", &wait_for);
+            let narinfo = muster.narinfo(&origin.large);
+            let url = format!("/{}", narinfo.field("URL").expect("a URL"));
+            let began = Instant::now();
+            let got = muster.get(&url);
+            let took = began.elapsed().as_secs_f64();
+            assert!(got.complete && got.body == nar, "{}", muster.log());
+            assert!(took >= least, "{said:?}: {took} s\n{}", muster.log());
+            took
+        };
+        // Another time where the machine had much else to do.
+        let took: Vec<f64> = std::iter::repeat_with(take)
+            .take(3)
+            .scan(false, |done, took| {
+                (!std::mem::replace(done, took < most)).then_some(took)
+            })
+            .collect();
+        assert!(took.iter().any(|took| *took < most), "{said:?}: {took:?}");
+    }
+}
+
 /// What is done to a NAR.
 type Change = fn(&mut Vec<u8>);
 
@@ -456,6 +491,59 @@ fn a_trusted_cache_that_lies_is_found_out_by_one_client() {
         muster.log()
     );
     lane.has(path);
+}
+
+/// Nobody checks what a trusted cache declares but the bytes themselves: no room is made for it, and none is taken.
+#[test]
+fn ten_gigabytes_that_a_trusted_cache_only_declares_cost_nothing() {
+    let lab = Lab::new();
+    let origin = Origin::new(&lab);
+    let lane = Lane::new(&origin, 0, &[]);
+    let target = lane.serve("zstd", &origin.small);
+    let narinfo = narinfo_target(&origin.small);
+    let text = String::from_utf8(lane.server.file(&narinfo)).expect("a text");
+    let lines = text.lines().map(|line| match line.split(' ').next() {
+        Some("NarSize:") => "NarSize: 10000000000",
+        _ => line,
+    });
+    let declared = format!("{}\n", lines.collect::<Vec<_>>().join("\n"));
+    let declared = Fault::Body(declared.into_bytes(), "X: y");
+    lane.server.fault(&narinfo, Some(declared));
+    let upstream = format!("http://localhost:{PORT}?trusted=1");
+    let args = format!("--cache-size 10G --upstream '{upstream}'");
+    let mut muster = Muster::serve(&lane.client, &args);
+    muster.await_log(10.0, "localhost:8000: well");
+    let lines = muster.lines().join("\n");
+    let lines = format!("{lines}\ndownload-attempts = 2\nfallback = true");
+    lane.client.configure(&lines);
+    lane.client.realise(&origin.large).ok();
+    muster.await_kept(std::slice::from_ref(&origin.large));
+
+    // As long as its file is, and as long as it says.
+    for fault in [None, Some(Fault::Length(10 << 30))] {
+        lane.client.fresh_store();
+        lane.server.fault(&target, fault);
+        let before = lane.server.times_asked(&target);
+        let built = lane.client.realise_attr("big", "--argstr seed small");
+        // It began to copy it, which failed.
+        assert_eq!(
+            (built.rc, built.built()),
+            (0, 1),
+            "{built}\n{}",
+            muster.log()
+        );
+        lane.has(&origin.small);
+        let asked = lane.server.times_asked(&target) - before;
+        assert!(asked > 0, "{}", muster.log());
+    }
+    let report = muster.get("/healthz").text();
+    let report: serde_json::Value = serde_json::from_str(&report).expect("JSON");
+    let cache = &report["cache"];
+    let figures = ["evictions", "bytes-reserved"].map(|name| cache[name].as_u64());
+    assert_eq!(figures, [Some(0), Some(0)], "{cache}");
+    assert!(muster.names_a_file(&origin.large), "{}", muster.log());
+    let memory = muster.memory_peak_kb();
+    assert!(memory < 150_000, "{memory} kB");
 }
 
 #[test]

@@ -3,7 +3,6 @@
 mod rig;
 
 use std::thread;
-use std::time::Duration;
 
 use rig::{Lab, Line, Machine, Muster, Nix, eventually};
 use rustix::process::Signal;
@@ -232,7 +231,13 @@ fn sigterm_lets_a_running_transfer_end_well() {
     client.substitutes_from(&muster);
     let got = thread::scope(|scope| {
         let transfer = scope.spawn(|| client.realise(&path));
-        thread::sleep(Duration::from_secs(2));
+        // Then it takes four seconds yet.
+        let begun = eventually(20.0, || {
+            let report = muster.get("/healthz").text();
+            let report: serde_json::Value = serde_json::from_str(&report).expect("JSON");
+            report["nar"]["requests"].as_u64() > Some(0)
+        });
+        assert!(begun, "{}", muster.log());
         muster.signal(Signal::TERM);
         transfer.join().expect("the transfer ends")
     });

@@ -14,6 +14,12 @@ fn what_is_served_outlives_a_garbage_collection_until_its_roots_lapse() {
     client.write("/etc/muster.toml", "roots-lifetime = 8\n");
     let mut muster = Muster::serve(&client, "--config /etc/muster.toml");
     assert_eq!(muster.narinfo(&served).status, 200);
+    // The answer does not wait for it, and the roots' connection logs in on its own.
+    let rooted = eventually(20.0, || {
+        let found = format!("grep --quiet --text {served} /nix/var/nix/temproots/*");
+        b1.run(&found).rc == 0
+    });
+    assert!(rooted, "{}", muster.log());
 
     b1.run("nix-store --gc").ok();
     assert!(b1.valid(&served), "promised to a client\n{}", muster.log());

@@ -77,6 +77,23 @@ impl Muster {
         panic!("no {words:?} in:\n{seen}");
     }
 
+    /// Waits for lines that have these words, in any order; returns them in this one.
+    fn says_all<const N: usize>(&self, words: [&str; N]) -> [String; N] {
+        let mut found = words.map(|_| None);
+        let mut seen = String::new();
+        while found.iter().any(Option::is_none) {
+            let line = self.lines.recv_timeout(Duration::from_secs(10));
+            let line = line.unwrap_or_else(|_| panic!("not all of {words:?} in:\n{seen}"));
+            for (words, found) in words.iter().zip(&mut found) {
+                if line.contains(words) {
+                    *found = Some(line.clone());
+                }
+            }
+            seen += &format!("{line}\n");
+        }
+        found.map(|line| line.expect("that was waited for"))
+    }
+
     /// Waits until it listens; returns its addresses.
     fn addresses(&self) -> Vec<String> {
         let line = self.says("listens on");
@@ -107,10 +124,13 @@ fn free_port() -> u16 {
     listener.local_addr().unwrap().port()
 }
 
-fn exchange(mut stream: impl std::io::Read + std::io::Write) -> String {
-    stream
-        .write_all(b"GET /nix-cache-info HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-        .unwrap();
+fn exchange(stream: impl std::io::Read + std::io::Write) -> String {
+    ask(stream, "/nix-cache-info")
+}
+
+fn ask(mut stream: impl std::io::Read + std::io::Write, target: &str) -> String {
+    let request = format!("GET {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
     answer
@@ -185,4 +205,101 @@ fn sighup_takes_over_what_it_can_and_names_the_rest() {
     muster.signal("HUP");
     muster.says("the old one stays");
     assert!(answers(&address));
+}
+
+/// What `/healthz` says of the cache on disk.
+fn cache_of(address: &str) -> serde_json::Value {
+    let stream = TcpStream::connect(address.strip_prefix("http://").unwrap()).unwrap();
+    let answer = ask(stream, "/healthz");
+    let (_, body) = answer.split_once("\r\n\r\n").unwrap();
+    let mut report: serde_json::Value = serde_json::from_str(body).unwrap();
+    report["cache"].take()
+}
+
+#[test]
+fn ten_gib_are_kept_by_default_and_with_a_size_of_0_there_is_no_folder() {
+    let place = Place::new();
+    let folder = place.path("cache");
+    let dir = [
+        "--listen",
+        "127.0.0.1:0",
+        "--cache-dir",
+        folder.to_str().unwrap(),
+    ];
+    let muster = place.serve(&[&dir[..], &["--cache-size", "0"]].concat());
+    let address = muster.addresses().remove(0);
+    assert!(answers(&address));
+    assert_eq!(cache_of(&address), serde_json::Value::Null);
+    drop(muster);
+    assert!(!folder.exists());
+
+    let muster = place.serve(&dir);
+    let address = muster.addresses().remove(0);
+    assert_eq!(cache_of(&address)["bytes-max"], 10_u64 << 30);
+    assert!(folder.join("nix-cache-info").exists());
+}
+
+#[test]
+fn files_of_others_in_the_cache_are_left_alone_and_said_at_each_start() {
+    let place = Place::new();
+    let folder = place.path("cache");
+    let dir = [
+        "--listen",
+        "127.0.0.1:0",
+        "--cache-dir",
+        folder.to_str().unwrap(),
+    ];
+    // Made in good order first.
+    place.serve(&dir).addresses();
+    let hash = "0".repeat(32);
+    let narinfo = format!(
+        "StorePath: /nix/store/{hash}-theirs\nURL: nar/theirs.nar.xz\nCompression: xz\n\
+         NarHash: sha256:0mdqa9w1p6cmli6976v4wi0sw9r4p5prkj7lzfd1877wk11c9c73\nNarSize: 8\n"
+    );
+    let theirs = [
+        (format!("{hash}.narinfo"), narinfo.as_str()),
+        ("nar/theirs.nar.xz".to_owned(), "theirs"),
+        ("index.html".to_owned(), "theirs"),
+    ];
+    for (name, text) in &theirs {
+        fs::write(folder.join(name), text).unwrap();
+    }
+    // What reads as no narinfo may be one of ours that a power cut left: nobody could use the folder with it.
+    let malformed = folder.join(format!("{}.narinfo", "1".repeat(32)));
+    fs::write(&malformed, "StorePath: /nix/store/1111").unwrap();
+    let muster = place.serve(&dir);
+    let said = muster.says("a narinfo in the cache is removed");
+    assert!(said.contains(malformed.to_str().unwrap()), "{said}");
+    // The last that the pass says.
+    muster.says("files of others in the cache are left alone");
+    assert!(!malformed.exists());
+    drop(muster);
+    for _ in 0..2 {
+        let muster = place.serve(&dir);
+        let [said, listens] =
+            muster.says_all(["files of others in the cache are left alone", "listens on"]);
+        let (_, address) = listens.split_once("listens on ").unwrap();
+        assert!(said.contains("count=3"), "{said}");
+        let named = |(name, _): &(String, &str)| {
+            said.contains(&format!("first={}", folder.join(name).display()))
+        };
+        assert!(theirs.iter().any(named), "{said}");
+        assert!(answers(address));
+        let cache = cache_of(address);
+        assert_eq!(
+            (cache["entries"].as_u64(), cache["degraded"].as_str()),
+            (Some(0), None),
+            "{cache}"
+        );
+        let stream = TcpStream::connect(address.strip_prefix("http://").unwrap()).unwrap();
+        let absent = ask(stream, &format!("/{hash}.narinfo"));
+        assert!(absent.starts_with("HTTP/1.1 404"), "{absent}");
+        for (name, text) in &theirs {
+            assert_eq!(
+                fs::read_to_string(folder.join(name)).unwrap(),
+                *text,
+                "{name}"
+            );
+        }
+    }
 }

@@ -10,9 +10,11 @@ use bytes::Bytes;
 use cache_server::{Asking, Authority, CacheServer, Fault, compress, info_of};
 use futures_util::StreamExt as _;
 use muster::codec::digest;
+use muster::nix::build_trace::BuildTraceKey;
 use muster::nix::hash::NarHash;
 use muster::nix::narinfo::{Compression, NarInfo};
 use muster::nix::path_info::PathInfo;
+use muster::nix::realisation::DrvOutput;
 use muster::upstream::http_client::Access;
 use muster::upstream::http_credentials::Credentials;
 use muster::upstream::{Error, Link, Upstream};
@@ -551,6 +553,54 @@ async fn tls_is_judged() {
     .await;
     assert!(cause.contains("no connection within"), "{cause}");
     assert!(begun.elapsed() < Duration::from_secs(8));
+}
+
+/// Some servers know no other method, HEAD neither.
+#[tokio::test]
+async fn nothing_but_get_is_asked() {
+    let server = CacheServer::new();
+    let cache = Asking::at(&server.url()).start();
+    up(&cache).await;
+    let nar = nar_of(&noise(700_000));
+    let (info, target) = server.add("there", &nar, Compression::Zstd);
+    let absent = info_of("absent", &nar);
+    for (info, is_there) in [(&info, true), (&absent, false)] {
+        let found = cache.path_info(info.path.hash()).await.unwrap();
+        assert_eq!(found.is_some(), is_there);
+        let found = cache.path_infos(std::slice::from_ref(&info.path)).await;
+        assert_eq!(found[0].as_ref().unwrap().is_some(), is_there);
+        assert_eq!(cache.keep(&info.path).await.unwrap(), is_there);
+    }
+    // Whole, as it is, from its middle, and after it broke.
+    assert!(read(&cache, &info).await == (nar.clone(), Ok(())));
+    let encoded = cache.encoded_nar(&info).await.unwrap().unwrap();
+    for offset in [0, 1000] {
+        let part = cache.open_encoded(&info, &encoded, offset).await;
+        assert!(part.unwrap().is_some(), "{offset}");
+    }
+    server.fault_once(&target, Fault::Cut(1000));
+    assert!(read(&cache, &info).await.1.is_err());
+    let drv = "i4f75pn3bxkxdk2kld86k5qazq4cqj8i-built.drv";
+    let key = BuildTraceKey::parse(&format!("{drv}/out.doi")).unwrap();
+    let output: DrvOutput = format!("sha256:{}!out", "0".repeat(64)).parse().unwrap();
+    let log = cache.build_log(&drv.parse().unwrap()).await;
+    assert!(log.unwrap().is_none());
+    assert!(cache.realisation(&output).await.unwrap().is_none());
+    assert!(cache.build_trace(&key).await.unwrap().is_none());
+
+    let asked = server.asked();
+    for kind in [
+        "/nix-cache-info",
+        "/nar/",
+        "/log/",
+        "/realisations/",
+        "/build-trace-v2/",
+    ] {
+        let is_asked = asked.iter().any(|asked| asked.target.starts_with(kind));
+        assert!(is_asked, "{kind} of {asked:?}");
+    }
+    let others: Vec<_> = asked.iter().filter(|it| it.method != "GET").collect();
+    assert!(others.is_empty(), "{others:?}");
 }
 
 #[tokio::test]

@@ -37,6 +37,7 @@ fn needing_restart(running: &Config, anew: &Config) -> Vec<&'static str> {
             "prefetch-nars",
             running.prefetch_nars_bytes != anew.prefetch_nars_bytes,
         ),
+        ("stall-timeout", running.stall_timeout != anew.stall_timeout),
         (
             "max-connections",
             running.max_connections != anew.max_connections,

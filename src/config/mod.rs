@@ -88,6 +88,8 @@ pub struct Config {
     pub prefetch_closure: bool,
     /// Memory for small NARs that are fetched before the client asks; 0: none are.
     pub prefetch_nars_bytes: u64,
+    /// For how long a NAR may bring nothing before another holder goes on with it.
+    pub stall_timeout: Duration,
     /// Clients' connections at the same time.
     pub max_connections: usize,
     /// How long running transfers have to end after SIGTERM.
@@ -218,6 +220,9 @@ impl Config {
             catalog: raw.catalog.unwrap_or(true),
             prefetch_closure: raw.prefetch_closure.unwrap_or(true),
             prefetch_nars_bytes: raw.prefetch_nars.map_or(PREFETCH_NARS_BYTES, |b| b.0),
+            stall_timeout: raw
+                .stall_timeout
+                .map_or(STALL_TIMEOUT, |n| Duration::from_secs(n.0.into())),
             max_connections: raw
                 .max_connections
                 .map_or(MAX_CONNECTIONS, |n| n.0 as usize),
@@ -345,6 +350,7 @@ const MEMORY_CACHE_BYTES: u64 = 64 << 20;
 const CACHE_BYTES: u64 = 10 << 30;
 const PREFETCH_NARS_BYTES: u64 = 64 << 20;
 const ROOTS_LIFETIME: Duration = Duration::from_secs(900);
+const STALL_TIMEOUT: Duration = Duration::from_secs(5);
 const MAX_CONNECTIONS: usize = 4096;
 const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 const LOG: &str = "info";

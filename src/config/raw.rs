@@ -70,6 +70,8 @@ pub struct RawConfig {
     pub connect_timeout: Option<PositiveSeconds>,
     /// How long an upstream that is alive may take to answer.
     pub query_timeout: Option<PositiveSeconds>,
+    /// For how long a NAR may bring nothing before another holder goes on with it.
+    pub stall_timeout: Option<Number<STALL_SECONDS_LEAST, STALL_SECONDS_MOST>>,
     /// NARs that one upstream sends at the same time.
     pub max_nar_transfers: Option<Count>,
     /// A netrc with the credentials of binary caches.
@@ -165,6 +167,12 @@ impl<'de> Deserialize<'de> for RawUpstream {
         deserializer.deserialize_any(UpstreamVisitor)
     }
 }
+
+/// A loaded builder, or one behind a slow line, pauses for parts of a second.
+pub const STALL_SECONDS_LEAST: u32 = 1;
+
+/// A connection that brings nothing of its NAR for longer is given up in any case.
+pub const STALL_SECONDS_MOST: u32 = 60;
 
 /// Nix reads it as a signed 32-bit number.
 pub const PRIORITY_MAX: u32 = i32::MAX.unsigned_abs();

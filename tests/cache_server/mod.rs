@@ -67,6 +67,7 @@ pub enum Fault {
 /// What was asked.
 #[derive(Clone, Debug)]
 pub struct Asked {
+    pub method: String,
     pub target: String,
     pub headers: HashMap<String, String>,
 }
@@ -272,7 +273,9 @@ fn read_request(stream: &mut impl io::BufRead) -> io::Result<Option<Asked>> {
     if stream.read_line(&mut line)? == 0 {
         return Ok(None);
     }
-    let target = line.split(' ').nth(1).unwrap_or_default().to_owned();
+    let mut words = line.split(' ');
+    let mut word = || words.next().unwrap_or_default().to_owned();
+    let (method, target) = (word(), word());
     let mut headers = HashMap::new();
     loop {
         let mut line = String::new();
@@ -281,7 +284,13 @@ fn read_request(stream: &mut impl io::BufRead) -> io::Result<Option<Asked>> {
             Some((name, value)) => {
                 headers.insert(name.to_ascii_lowercase(), value.trim().to_owned());
             }
-            None => return Ok(Some(Asked { target, headers })),
+            None => {
+                return Ok(Some(Asked {
+                    method,
+                    target,
+                    headers,
+                }));
+            }
         }
     }
 }

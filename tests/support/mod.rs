@@ -27,7 +27,7 @@ use muster::server::{self, Info};
 use muster::substituter::member::Member;
 use muster::substituter::publish::Publisher;
 use muster::substituter::{
-    self, Setup, Substituter, closure, filling, health, transfer, write_behind,
+    self, Setup, Substituter, ahead, closure, filling, health, transfer, write_behind,
 };
 use muster::upstream::closures::Closures;
 use muster::upstream::{Error, Link, NarStream, OpenedNar, Upstream};
@@ -44,6 +44,11 @@ pub fn new_substituter(options: substituter::Options, setup: Setup) -> Substitut
 /// Tells whether [`new_substituter`] makes one that keeps NARs.
 pub fn keeps() -> bool {
     std::env::var_os("MUSTER_TEST_CACHE").is_some()
+}
+
+/// Tells whether [`options`] pull small NARs ahead of the client: `MUSTER_TEST_NARS_AHEAD`.
+pub fn pulls_ahead() -> bool {
+    std::env::var_os("MUSTER_TEST_NARS_AHEAD").is_some()
 }
 
 /// What a scripted upstream does with the next NARs.
@@ -68,6 +73,8 @@ pub enum NarScript {
     WrittenAt(usize),
     /// Gives the first bytes, the very first one flipped, and then an error.
     FlipFirstBreakAt(usize),
+    /// Gives as much as [`Scripted::metered`] says by then.
+    Metered,
     /// Says that it is gone.
     Gone,
 }
@@ -98,6 +105,8 @@ pub struct Scripted {
     pub kept: Mutex<Vec<StorePath>>,
     /// How many paths it was asked to keep at one go.
     pub kept_together: Mutex<Vec<usize>>,
+    /// The bytes of each NAR that it has given out at most, where that is its script.
+    pub metered: watch::Sender<usize>,
     /// Who tells whole closures, where that is to be possible.
     pub closures: Mutex<Option<Arc<dyn Closures>>>,
 }
@@ -124,6 +133,7 @@ impl Scripted {
             nars_open: Arc::default(),
             kept: Mutex::default(),
             kept_together: Mutex::default(),
+            metered: watch::Sender::new(0),
             closures: Mutex::default(),
         })
     }
@@ -243,6 +253,19 @@ impl Upstream for Scripted {
                 let mut items = chunks(&nar[..at.min(nar.len())]);
                 items.push(Err(broken()));
                 Some(stream::iter(items).boxed())
+            }
+            NarScript::Metered => {
+                let metered = self.metered.subscribe();
+                let mut given = 0;
+                let items = stream::iter(chunks(&nar)).then(move |chunk| {
+                    given += chunk.as_ref().map_or(0, Bytes::len);
+                    let (mut metered, end) = (metered.clone(), given);
+                    async move {
+                        let _ = metered.wait_for(|most| *most >= end).await;
+                        chunk
+                    }
+                });
+                Some(items.boxed())
             }
             NarScript::WrittenAt(at) => {
                 let mut items = chunks(&nar[..at.min(nar.len())]);
@@ -395,7 +418,7 @@ pub fn options() -> substituter::Options {
             encoder: EncoderOptions::default(),
         },
         prefetch: Some(closure::Options::default()),
-        ahead: None,
+        ahead: pulls_ahead().then(ahead::Options::default),
         keep_interval: Duration::from_secs(450),
         tasks_max: 1000,
     }

@@ -18,6 +18,7 @@
 mod commit;
 mod denials;
 pub mod folder;
+mod foreign;
 pub mod index;
 mod judged;
 mod owner;

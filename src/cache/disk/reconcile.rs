@@ -10,10 +10,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use super::super::nar_name::NarName;
 use super::folder::narinfo_hash;
+use super::foreign::{self, Met};
 use super::index::IndexError;
 use super::queue::Task;
 use super::shared::Shared;
@@ -24,7 +25,6 @@ pub fn start(shared: &Arc<Shared>) {
         shared: Arc::clone(shared),
         since: Instant::now(),
         looked_at: 0,
-        foreign: 0,
     };
     let started = shared.start("cache-reconcile", || pass.run());
     if let Err(error) = started {
@@ -36,7 +36,6 @@ struct Pass {
     shared: Arc<Shared>,
     since: Instant,
     looked_at: u32,
-    foreign: u64,
 }
 
 /// The pass ends early, because the cache stops or something failed.
@@ -51,6 +50,7 @@ impl Pass {
         // Others first; where that is not allowed, resting is enough.
         _ = rustix::process::setpriority_process(None, 10);
         let begun = Instant::now();
+        self.shared.foreign.take();
         let done = self
             .narinfos()
             .and_then(|()| self.nars())
@@ -58,8 +58,12 @@ impl Pass {
         let dir = self.shared.folder.root().display();
         match done {
             Ok(()) => {
-                let (elapsed, foreign) = (begun.elapsed(), self.foreign);
-                debug!(%dir, ?elapsed, foreign, "cache reconciled");
+                debug!(%dir, elapsed = ?begun.elapsed(), "cache reconciled");
+                let Met { count, first } = self.shared.foreign.take();
+                if count > 0 {
+                    let first = first.display();
+                    info!(%dir, count, %first, "files of others in the cache are left alone");
+                }
             }
             Err(End::Stopped) => {}
             Err(End::Folder(error)) => warn!(%dir, %error, "the cache is not reconciled"),
@@ -70,7 +74,12 @@ impl Pass {
     /// Narinfos that are not in the index are taken in.
     fn narinfos(&mut self) -> Result<(), End> {
         for name in names(self.shared.folder.root())? {
-            let Some(hash) = narinfo_hash(&name?) else {
+            let name = name?;
+            let Some(hash) = narinfo_hash(&name) else {
+                if !foreign::is_known(&name) {
+                    let file = self.shared.folder.root().join(name);
+                    self.shared.foreign.note(file);
+                }
                 continue;
             };
             if self.index()?.get(hash)?.is_none_or(|r| r.file.is_none()) {
@@ -89,8 +98,10 @@ impl Pass {
     /// NARs that no narinfo and no row names go.
     fn nars(&mut self) -> Result<(), End> {
         for file in names(&self.shared.folder.nars())? {
-            let Some(name) = NarName::parse(&file?) else {
-                self.foreign += 1;
+            let file = file?;
+            let Some(name) = NarName::parse(&file) else {
+                let file = self.shared.folder.nars().join(file);
+                self.shared.foreign.note(file);
                 continue;
             };
             let known = self.index()?.get(name.path_hash)?;
@@ -160,12 +171,12 @@ impl From<IndexError> for End {
     }
 }
 
-/// The names in a folder that are texts; ours are.
+/// The names in a folder; one that is no text is none of ours, and does not become one.
 fn names(path: &Path) -> Result<impl Iterator<Item = Result<String, End>> + use<>, End> {
     let entries = fs::read_dir(path).map_err(End::Folder)?;
-    Ok(entries.filter_map(|entry| match entry {
-        Ok(entry) => entry.file_name().into_string().ok().map(Ok),
-        Err(error) => Some(Err(End::Folder(error))),
+    Ok(entries.map(|entry| match entry {
+        Ok(entry) => Ok(entry.file_name().to_string_lossy().into_owned()),
+        Err(error) => Err(End::Folder(error)),
     }))
 }
 

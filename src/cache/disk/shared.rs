@@ -15,6 +15,7 @@ use super::super::stamp::{Content, Stamp};
 use super::Options;
 use super::denials::Denials;
 use super::folder::Folder;
+use super::foreign::Foreign;
 use super::index::{Index, IndexError, Totals};
 use super::judged::Judged;
 use super::queue::Queue;
@@ -46,6 +47,8 @@ pub struct Shared {
     pub denials: Denials,
     /// What was found of files and the index is yet to know.
     pub judged: Judged,
+    /// What the background pass has met that is none of ours.
+    pub foreign: Foreign,
     /// Who signs now. Held for the moment of cloning alone.
     signing: RwLock<Option<Arc<Signing>>>,
     /// Background passes that began. No other lock is taken under it.
@@ -95,6 +98,7 @@ impl Shared {
             queue: Queue::new(options.queue_max),
             judged: Judged::new(options.queue_max),
             denials: Denials::new(options.queue_max),
+            foreign: Foreign::default(),
             options,
             folder,
             index: RwLock::new(None),

@@ -26,6 +26,7 @@ impl Writer {
             Ok(None) => return,
             Err(error) => {
                 debug!(file = %path.display(), %error, "a foreign file is left alone");
+                self.shared.foreign.note(path);
                 return;
             }
         };
@@ -36,6 +37,7 @@ impl Writer {
             }
             Err(TextError::Foreign(url)) => {
                 debug!(file = %path.display(), url, "a foreign narinfo is left alone");
+                self.shared.foreign.note(path);
             }
             Err(error) => {
                 warn!(file = %path.display(), %error, "a narinfo in the cache is removed");
