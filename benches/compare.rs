@@ -3,10 +3,10 @@
 //!
 //! ```text
 //!   b   builder: Nix 2.8, sshd, nix-daemon; has small paths (narinfos of about 600 bytes), eight NARs of
-//!       20 MB and one of 500 MB that do not compress, and one of 500 MB that does
+//!       20 MB and one of 500 MB that do not compress, and one of 500 MB of programs, which does
 //!   m   muster over ssh-ng://b, with its cache; nginx with the same narinfos and with Muster's own cache
 //!       folder; wrk and curl beside them, over loopback
-//!   o   on b: muster over b's own store; nginx with the same NARs as `nix copy` wrote them
+//!   o   on b: muster over b's own store; nginx with the same NAR as `nix copy` wrote it, and zstd(1)
 //!   c-… clients, each with a store of its own
 //! ```
 //!
@@ -16,10 +16,14 @@
 #[path = "../tests/rig/mod.rs"]
 mod rig;
 
+#[path = "figures/corpus.rs"]
+mod corpus;
 mod figures;
 #[path = "figures/load.rs"]
 #[expect(dead_code, reason = "what benches/scale.rs alone uses")]
 mod load;
+#[path = "figures/own_store.rs"]
+mod own_store;
 
 use std::collections::BTreeMap;
 use std::env;
@@ -31,6 +35,7 @@ use std::thread;
 use figures::cpu::CpuGroup;
 use figures::{Figures, Goal, Unit};
 use load::{Load, add_small, small_name};
+use own_store::OwnStore;
 use rig::muster::narinfo_target;
 use rig::process::Process;
 use rig::{Lab, Machine, Muster, Nix, eventually};
@@ -64,6 +69,7 @@ fn compare() {
     }
     drop(own);
     judge(&scene, &mut figures);
+    own_store::judge(&mut figures);
     if let Some(file) = &options.json {
         let text = json!({ "about": scene.about(&options), "figures": figures.json() });
         fs::write(file, format!("{text:#}\n")).expect("write the JSON file");
@@ -128,7 +134,6 @@ struct Scene {
     large_mb: u32,
     medium: Vec<String>,
     medium_mb: u32,
-    soft: String,
     tiny: String,
 }
 
@@ -159,7 +164,6 @@ impl Scene {
             large_mb: options.large_mb,
             medium,
             medium_mb: options.medium_mb,
-            soft: b.build_one("soft", &format!("--arg sizeMB {}", options.large_mb)),
             tiny,
             small,
             b,
@@ -420,131 +424,6 @@ impl<'s> Servers<'s> {
     }
 }
 
-/// The servers on `b`, over its own store: nginx, and Muster anew in each round, as only its first read hashes.
-struct OwnStore {
-    _nginx: Process,
-    nginx: Server,
-    nginx_target: String,
-    daemon: CpuGroup,
-}
-
-/// One muster over `b`'s own store; stopped before its control group goes.
-struct OwnMuster<'s> {
-    muster: Muster<'s>,
-    server: Server,
-    target: String,
-}
-
-impl OwnStore {
-    fn start(scene: &Scene) -> Self {
-        let copy = format!(
-            "nix copy --to 'file:///srv/plain?compression=none' {}",
-            scene.large
-        );
-        scene.b.run(&copy).ok();
-        let conf = NGINX_CONF
-            .replace("@port@", "8083")
-            .replace("@root@", "/srv/plain")
-            .replace("@more@", "");
-        scene.b.write("/etc/nginx-8083.conf", &conf);
-        let (nginx, cpu) = accounted(&scene.b, "nginx-8083", "nginx -c /etc/nginx-8083.conf");
-        scene.b.await_port(8083);
-        // The daemon's work counts, too, where there is any.
-        let daemon = CpuGroup::new("daemon");
-        for pid in scene.b.processes("nix-daemon") {
-            daemon.take(pid);
-        }
-        let narinfo = scene
-            .b
-            .run(&format!("cat /srv/plain{}", narinfo_target(&scene.large)))
-            .ok()
-            .out;
-        let url = narinfo
-            .lines()
-            .find_map(|l| l.strip_prefix("URL: "))
-            .expect("a URL");
-        Self {
-            _nginx: nginx,
-            nginx: Server {
-                name: NGINX,
-                port: 8083,
-                cpu,
-            },
-            nginx_target: format!("/{url}"),
-            daemon,
-        }
-    }
-
-    fn nars(&self, scene: &Scene, round: usize, figures: &mut Figures) {
-        self.plain(scene, round, figures);
-        self.zstd(scene, figures);
-    }
-
-    fn plain(&self, scene: &Scene, round: usize, figures: &mut Figures) {
-        let mut add = |what, via, secs_per_gb| {
-            figures.add(what, "", via, Unit::SecondsPerGb, secs_per_gb);
-        };
-        let muster = OwnMuster::serve(scene, &scene.large, "--compression none --cache-size 0");
-        let first = self.fetch(scene, &muster.server, &muster.target);
-        add(OWN_FIRST, MUSTER, first);
-        let both = [
-            (&muster.server, &muster.target),
-            (&self.nginx, &self.nginx_target),
-        ];
-        let hash = sha256();
-        for (server, target) in in_turn(&both, round) {
-            let cpu = self.fetch(scene, server, target);
-            add(OWN, server.name, cpu);
-            if server.name == NGINX {
-                add(OWN_FIRST, HARMONIA_AND_HASH, cpu * HARMONIA + hash);
-            }
-        }
-        add(OWN_FIRST, HASH, hash);
-    }
-
-    fn zstd(&self, scene: &Scene, figures: &mut Figures) {
-        let mut add = |what, secs_per_gb| {
-            figures.add(what, "", MUSTER, Unit::SecondsPerGb, secs_per_gb);
-        };
-        scene.b.run("rm -rf /srv/cache").ok();
-        let args = "--compression zstd --cache-dir /srv/cache";
-        let mut own = OwnMuster::serve(scene, &scene.soft, args);
-        add(OWN_ZSTD_FIRST, self.fetch(scene, &own.server, &own.target));
-        let mut is_kept = || own.muster.narinfo(&scene.soft).field("FileHash").is_some();
-        let kept = eventually(30.0, &mut is_kept);
-        assert!(kept, "it is not kept\n{}", own.muster.log());
-        add(OWN_ZSTD, self.fetch(scene, &own.server, &own.target));
-    }
-
-    /// Fetches the NAR and returns the CPU time that it took, in s for a GB.
-    fn fetch(&self, scene: &Scene, server: &Server, target: &String) -> f64 {
-        let before = self.daemon.used();
-        let cpu = fetch(&scene.b, server, std::slice::from_ref(target), 1);
-        let gb = f64::from(scene.large_mb) * 1.048_576e-3;
-        (cpu + (self.daemon.used() - before).as_secs_f64()) / gb
-    }
-}
-
-impl<'s> OwnMuster<'s> {
-    fn serve(scene: &'s Scene, path: &str, args: &str) -> Self {
-        let port = 5001;
-        let line = format!("--listen 127.0.0.1:{port} --no-machines --upstream daemon {args}");
-        let mut muster = Muster::serve(&scene.b, &line);
-        let cpu = CpuGroup::new("own");
-        cpu.take(muster.pid());
-        let url = muster.narinfo(path).field("URL").expect("a narinfo");
-        Self {
-            muster,
-            server: Server {
-                name: MUSTER,
-                port,
-                cpu,
-            },
-            target: format!("/{url}"),
-        }
-    }
-}
-
 /// Where Muster's time goes while narinfos are hit over 64 connections, by perf: its top lines, kernel and all.
 fn profile(scene: &Scene) -> String {
     let muster = scene.muster();
@@ -595,20 +474,6 @@ fn profile(scene: &Scene) -> String {
     format!("{:.0} narinfo hits\n\n{parts}\n\n{lines}\n", load.requests)
 }
 
-/// CPU time in s that OpenSSL takes for one SHA-256 of a GB in memory, here and now.
-fn sha256() -> f64 {
-    let speed = Command::new("openssl")
-        .args([
-            "speed", "-mr", "-seconds", "1", "-bytes", "262144", "-evp", "sha256",
-        ])
-        .output()
-        .expect("openssl starts");
-    let text = String::from_utf8_lossy(&speed.stdout);
-    let line = text.lines().find_map(|line| line.strip_prefix("+F:"));
-    let rate = line.and_then(|line| line.rsplit(':').next()?.parse::<f64>().ok());
-    1e9 / rate.unwrap_or_else(|| panic!("openssl speed tells no bytes in a second: {text}"))
-}
-
 fn judge(scene: &Scene, figures: &mut Figures) {
     figures.set_goal(HIT, "", MUSTER, Goal::Times(0.70, NGINX));
     figures.set_goal(HIT, "", MUSTER, Goal::Times(1.0, NGINX_OPEN));
@@ -623,17 +488,12 @@ fn judge(scene: &Scene, figures: &mut Figures) {
         let version = client.name.trim_start_matches("c-");
         figures.set_goal(SECOND, version, MUSTER, Goal::Times(1.1, NGINX));
     }
-    figures.set_goal(OWN_FIRST, "", MUSTER, Goal::AtMost(0.85));
-    figures.set_goal(OWN_FIRST, "", MUSTER, Goal::Times(1.0, HARMONIA_AND_HASH));
-    figures.set_goal(OWN_FIRST, "", MUSTER, Goal::Beside(HASH));
-    figures.set_goal(OWN, "", MUSTER, Goal::Times(HARMONIA, NGINX));
-    figures.set_goal(OWN_ZSTD_FIRST, "", MUSTER, Goal::AtMost(3.0));
-    figures.set_goal(OWN_ZSTD, "", MUSTER, Goal::AtMost(0.2));
 }
 
 /// Starts a program in a control group of its own, all of it from its first instruction.
 fn accounted(machine: &Machine, name: &str, line: &str) -> (Process, CpuGroup) {
     let cpu = CpuGroup::new(name);
+    machine.run(&format!("rm -f /run/go-{name}")).ok();
     let process = machine.spawn(
         name,
         &format!("sh -c 'while [ ! -e /run/go-{name} ]; do sleep 0.05; done; exec {line}'"),
@@ -677,9 +537,6 @@ fn in_turn<T>(all: &[T], round: usize) -> Vec<&T> {
 const LARGE_TIMES: usize = 2;
 const EIGHT_TIMES: usize = 6;
 
-/// CPU of harmonia beside nginx's, where both were measured: 0.30 and 0.18 s/GB.
-const HARMONIA: f64 = 0.30 / 0.18;
-
 const MUSTER: &str = "muster";
 const NGINX: &str = "nginx";
 const NGINX_OPEN: &str = "nginx, open_file_cache";
@@ -693,14 +550,6 @@ const EIGHT: &str = "8 cached NARs of 20 MB at once, CPU";
 const TINY: &str = "cached small NAR on one connection, p99";
 const MEMORY_NARS: &str = "memory after these NARs";
 const SECOND: &str = "second fetch of a NAR of 500 MB";
-const OWN_FIRST: &str = "own store, 500 MB uncompressed, first read, CPU";
-const OWN: &str = "own store, 500 MB uncompressed, CPU";
-/// The same as a sum on this machine: what harmonia takes, which hashes nothing, and one hash.
-const HARMONIA_AND_HASH: &str = "1.67 × nginx and a SHA-256";
-const HASH: &str = "one SHA-256 by OpenSSL";
-const OWN_ZSTD_FIRST: &str = "own store, 500 MB with zstd, first read, CPU";
-const OWN_ZSTD: &str = "own store, 500 MB with zstd, later, CPU";
-
 const OPEN_FILE_CACHE: &str = "open_file_cache max=100000 inactive=600s; open_file_cache_valid 600s; open_file_cache_errors on;";
 
 const NGINX_CONF: &str = "\
