@@ -3,7 +3,7 @@
 //! ```text
 //!   c-2.8 … m  --- here
 //!      line: 20 ms each way, 1 Gbit/s, for ssh and http alike; as wide as the machine, or 100 Mbit/s where said
-//!   b1 b2 b3   builders: Nix 2.8, sshd, nix-daemon; b2 alone has the closure and the large path
+//!   b1 b2 b3   builders: Nix 2.8, sshd, nix-daemon; b2 alone has the closures and the large path
 //!              and, where said, a muster each over its own store, asked over the same line or past it
 //!   www        nginx, the same paths as `nix copy --to file://…?compression=zstd` wrote them
 //! ```
@@ -40,7 +40,10 @@ fn wan() {
         eprintln!("-- round {} of {}", round + 1, options.pairs);
         for client in &scene.clients {
             for via in in_turn(Via::ALL, round) {
-                scene.closure(client, via, &mut figures);
+                scene.closure(client, via, &scene.top, CLOSURE, &mut figures);
+            }
+            for via in in_turn(Via::DEEP, round) {
+                scene.closure(client, via, &scene.deep, DEEP, &mut figures);
             }
             for via in in_turn(Via::MISSING, round) {
                 scene.misses(client, via, &mut figures);
@@ -116,12 +119,18 @@ enum Via {
     NoNars,
     /// Level by level, and without them.
     Levels,
+    /// Level by level, with NARs pulled ahead.
+    LevelsAndNars,
     /// With nothing fetched ahead.
     Nothing,
     /// The builders run muster.
     Peers,
     /// The same without the line: the LAN's figure.
     PeersNear,
+    /// The builders run muster, and a closure is asked for level by level.
+    PeersLevels,
+    /// The builders run muster, and nothing is fetched ahead.
+    PeersNothing,
     /// The builders run muster, and each path is asked for: what none of them has is not known from catalogs.
     PeersNoCatalog,
 }
@@ -136,6 +145,17 @@ impl Via {
         Self::NoNars,
         Self::Levels,
         Self::Nothing,
+    ];
+
+    /// The roads to a closure of many layers: the whole at once, level by level, path by path.
+    const DEEP: [Self; 7] = [
+        Self::Nginx,
+        Self::Muster,
+        Self::LevelsAndNars,
+        Self::Nothing,
+        Self::Peers,
+        Self::PeersLevels,
+        Self::PeersNothing,
     ];
 
     /// The roads on which paths are asked for that nobody has.
@@ -154,8 +174,11 @@ impl Via {
             Self::Muster => MUSTER,
             Self::NoNars => "muster, no NARs ahead",
             Self::Levels => "muster, level by level, no NARs ahead",
+            Self::LevelsAndNars => "muster, level by level",
             Self::Nothing => "muster, nothing ahead",
             Self::Peers => PEERS,
+            Self::PeersLevels => "muster, builders run muster, level by level",
+            Self::PeersNothing => "muster, builders run muster, nothing ahead",
             Self::PeersNear => PEERS_NEAR,
             Self::PeersNoCatalog => PEERS_NO_CATALOG,
         }
@@ -164,7 +187,9 @@ impl Via {
     /// The port of the builders' musters: behind the line, or their own.
     fn peers(self) -> Option<u16> {
         match self {
-            Self::Peers | Self::PeersNoCatalog => Some(5000),
+            Self::Peers | Self::PeersLevels | Self::PeersNothing | Self::PeersNoCatalog => {
+                Some(5000)
+            }
             Self::PeersNear => Some(PEER_PORT),
             _ => None,
         }
@@ -175,7 +200,8 @@ impl Via {
             Self::Nginx | Self::NginxNear | Self::Muster | Self::Peers | Self::PeersNear => "",
             Self::NoNars => "prefetch-nars = 0",
             Self::Levels => "prefetch-nars = 0\nprefetch-closure = false",
-            Self::Nothing => "prefetch = false",
+            Self::LevelsAndNars | Self::PeersLevels => "prefetch-closure = false\n",
+            Self::Nothing | Self::PeersNothing => "prefetch = false\n",
             Self::PeersNoCatalog => "catalog = false\n",
         }
     }
@@ -205,6 +231,8 @@ struct Scene {
     muster: Machine,
     www: Machine,
     top: String,
+    /// Of a closure of as many paths in [`LAYERS`], the top of which refers to the last one alone.
+    deep: String,
     large: Vec<String>,
     paths: usize,
     /// The key that b2 signs with.
@@ -226,6 +254,12 @@ impl Scene {
         let b2 = &builders[1];
         let key = b2.signs_as("b2-1");
         let top = b2.build_one("dag", &format!("--arg n {}", options.paths));
+        let width = options.paths / LAYERS;
+        let args = format!(
+            "--arg n {} --arg width {width} --argstr seed deep",
+            options.paths
+        );
+        let deep = b2.build_one("deep", &args);
         let large = |number: u32| {
             let args = format!("--arg sizeMB {} --argstr seed {number}", options.large_mib);
             b2.build_one("big", &args)
@@ -236,7 +270,7 @@ impl Scene {
             .collect();
         let cache = "file:///lab/www?compression=zstd&secret-key=/etc/nix/secret";
         let first = large.first().cloned().unwrap_or_default();
-        b2.run(&format!("nix copy --to '{cache}' {top} {first}"))
+        b2.run(&format!("nix copy --to '{cache}' {top} {deep} {first}"))
             .ok();
 
         for builder in &builders {
@@ -262,6 +296,7 @@ impl Scene {
             muster,
             www,
             top,
+            deep,
             large,
             paths: options.paths + 1,
             key,
@@ -280,21 +315,15 @@ impl Scene {
         self.www.reach_over(80, 8080, line);
     }
 
-    fn closure(&self, client: &Machine, via: Via, figures: &mut Figures) {
+    fn closure(&self, client: &Machine, via: Via, top: &str, what: &str, figures: &mut Figures) {
         let road = self.serve(via);
         client.fresh_store();
-        let line = format!("nix-store --realise {} {}", self.top, road.using());
+        let line = format!("nix-store --realise {top} {}", road.using());
         let got = client.run_for(120.0, &line);
         let log = road.muster.as_ref().map(Muster::log).unwrap_or_default();
         let got = got.ok();
         assert_eq!((got.built(), got.copied()), (0, self.paths), "{got}\n{log}");
-        figures.add(
-            CLOSURE,
-            version(client),
-            via.name(),
-            Unit::Seconds,
-            got.secs,
-        );
+        figures.add(what, version(client), via.name(), Unit::Seconds, got.secs);
         if road.muster.is_some() && env::var_os("MUSTER_WAN_SHOW").is_some() {
             let report = self.muster.run(HEALTHZ).out;
             let machines = std::iter::once(&self.muster).chain(&self.builders);
@@ -442,6 +471,15 @@ impl Scene {
             for via in Via::ALL {
                 figures.set_goal(CLOSURE, client, via.name(), Goal::Beside(NGINX));
             }
+            for via in [Via::Muster, Via::Peers] {
+                figures.set_goal(DEEP, client, via.name(), Goal::Beside(NGINX));
+            }
+            for via in [Via::LevelsAndNars, Via::Nothing] {
+                figures.set_goal(DEEP, client, via.name(), Goal::Beside(MUSTER));
+            }
+            for via in [Via::PeersLevels, Via::PeersNothing] {
+                figures.set_goal(DEEP, client, via.name(), Goal::Beside(PEERS));
+            }
             figures.set_goal(CLOSURE, client, MUSTER, Goal::AtMost(1.0));
             figures.set_goal(CLOSURE, client, PEERS, Goal::AtMost(0.6));
             figures.set_goal(MISSES, client, MUSTER, Goal::AtMost(0.6));
@@ -517,6 +555,7 @@ fn version(client: &Machine) -> &str {
 }
 
 const CLOSURE: &str = "closure of small paths, cold";
+const DEEP: &str = "closure of small paths in 20 layers, cold";
 const MISSES: &str = "as many paths that nobody has, dry run";
 const LARGE: &str = "one large path";
 const LARGE_WIDE: &str = "one large path, line as wide as the machine";
@@ -525,6 +564,9 @@ const CAT: &str = "bare ssh cat";
 
 /// Bytes a second of the line: 1 Gbit/s.
 const WIDTH: u64 = 1_000_000_000 / 8;
+
+/// Of the deep closure, below its top.
+const LAYERS: usize = 20;
 
 /// Where the builders' musters listen, beyond the line.
 const PEER_PORT: u16 = 5001;
