@@ -14,12 +14,16 @@
 //!
 //! Whatever is compared is taken in turn, forth and back, as in benches/lan.rs; Muster is started anew for every
 //! single time, on the builders too, with nothing kept, connected, and left alone for two seconds. The machines' stores
-//! are in memory unless it is told otherwise, as there.
+//! are in memory unless it is told otherwise, as there. Paths that are looked up while large NARs run are known to no
+//! Muster before.
 
 #[path = "../tests/rig/mod.rs"]
 mod rig;
 
 mod figures;
+#[path = "figures/load.rs"]
+#[expect(dead_code, reason = "what benches/compare.rs and benches/scale.rs use")]
+mod load;
 
 use std::env;
 use std::fs;
@@ -61,11 +65,11 @@ fn wan() {
         }
         if options.large_mib > 0 {
             scene.cat(&mut figures);
+            for via in in_turn(Via::LOADED, round) {
+                scene.loaded(via, &mut figures);
+            }
+            scene.narrow(WIDTH);
         }
-    }
-    if options.large_mib > 0 {
-        scene.loaded(Via::Muster, &mut figures);
-        scene.loaded(Via::Peers, &mut figures);
     }
     scene.judge(&mut figures);
     let about = scene.about(&options);
@@ -167,6 +171,9 @@ impl Via {
         Self::PeersNoCatalog,
     ];
 
+    /// The roads on which paths are looked up while large NARs run.
+    const LOADED: [Self; 3] = [Self::Muster, Self::Peers, Self::PeersNoCatalog];
+
     fn name(self) -> &'static str {
         match self {
             Self::Nginx => NGINX,
@@ -234,6 +241,8 @@ struct Scene {
     /// Of a closure of as many paths in [`LAYERS`], the top of which refers to the last one alone.
     deep: String,
     large: Vec<String>,
+    /// Which nothing refers to that is asked for, and which refer to nothing.
+    small: Vec<String>,
     paths: usize,
     /// The key that b2 signs with.
     key: String,
@@ -268,6 +277,10 @@ impl Scene {
             .filter(|_| options.large_mib > 0)
             .map(large)
             .collect();
+        let mut small = Vec::new();
+        if options.large_mib > 0 {
+            load::add_small(b2, &mut small, LOOKED_UP, 0);
+        }
         let cache = "file:///lab/www?compression=zstd&secret-key=/etc/nix/secret";
         let first = large.first().cloned().unwrap_or_default();
         b2.run(&format!("nix copy --to '{cache}' {top} {deep} {first}"))
@@ -298,6 +311,7 @@ impl Scene {
             top,
             deep,
             large,
+            small,
             paths: options.paths + 1,
             key,
             delay_ms: options.delay_ms,
@@ -367,38 +381,51 @@ impl Scene {
         }
     }
 
-    /// Look-ups while four large NARs run over a thin line.
+    /// Puts all of b2 behind a line of so many bytes a second.
+    fn narrow(&self, bytes_per_second: u64) {
+        self.builders[1].behind(line(self.delay_ms, bytes_per_second));
+        let line = line(self.delay_ms, bytes_per_second);
+        self.builders[1].reach_over(5000, PEER_PORT, line);
+    }
+
+    /// Look-ups while four large NARs run over a thin line: of what nobody has and of what b2 alone has, each for
+    /// the first time.
     fn loaded(&self, via: Via, figures: &mut Figures) {
-        let thin = line(20, 100_000_000 / 8);
-        self.builders[1].behind(thin);
-        self.builders[1].reach_over(5000, PEER_PORT, thin);
+        self.narrow(THIN);
         let (mut muster, _peers) = self.start(via);
-        let narinfos: Vec<_> = self.large.iter().map(|path| muster.narinfo(path)).collect();
         let url = muster.url();
-        let get = |place: usize, url: &str| {
-            let line = format!("busybox wget -q -O /dev/null {url}");
-            self.muster.spawn(&format!("nar-{place}"), &line)
-        };
-        let nars: Vec<_> = narinfos
-            .iter()
-            .enumerate()
-            .map(|(place, n)| get(place, &format!("{url}/{}", n.field("URL").expect("a URL"))))
-            .collect();
+        let mut nars = Vec::new();
+        for (place, path) in self.large.iter().enumerate() {
+            let target = muster.narinfo(path).field("URL").expect("a URL");
+            let line = format!("busybox wget -q -O /dev/null {url}/{target}");
+            nars.push(self.muster.spawn(&format!("nar-{place}"), &line));
+        }
         thread::sleep(Duration::from_secs(5));
-        let mut waits = Vec::new();
-        for number in 0..300_u32 {
-            let path = format!("/nix/store/{:032}-nobody", number);
-            let asked = Instant::now();
-            assert_eq!(muster.narinfo(&path).status, 404);
-            waits.push(asked.elapsed().as_secs_f64() * 1000.0);
+        let absent = (0..self.small.len()).map(|n| format!("/nix/store/{n:032}-nobody"));
+        let absent: Vec<_> = absent.collect();
+        for (what, paths, status) in [
+            (LOADED_ABSENT, &absent, 404),
+            (LOADED_PRESENT, &self.small, 200),
+        ] {
+            let waits: Vec<_> = paths
+                .iter()
+                .map(|path| wait(&mut muster, path, status))
+                .collect();
+            for percent in [50, 99] {
+                let via = format!("{}, p{percent}", via.name());
+                let wait = percentile(&waits, percent);
+                figures.add(what, "", &via, Unit::Milliseconds, wait);
+            }
         }
-        drop(nars);
-        waits.sort_by(f64::total_cmp);
-        for percent in [50, 99] {
-            let wait = waits[(waits.len() * percent / 100).min(waits.len() - 1)];
-            let what = format!("{}, p{percent}", via.name());
-            figures.add(LOADED, "", &what, Unit::Milliseconds, wait);
-        }
+        let running = nars
+            .iter_mut()
+            .filter_map(|nar| nar.ended().is_none().then_some(()));
+        assert_eq!(
+            running.count(),
+            4,
+            "not all NARs ran meanwhile\n{}",
+            muster.log()
+        );
     }
 
     /// Starts what a road needs.
@@ -489,9 +516,11 @@ impl Scene {
             figures.set_goal(LARGE, client, PEERS, Goal::Times(1.0, NGINX));
             figures.set_goal(LARGE_WIDE, client, PEERS, Goal::Beside(NGINX));
         }
-        for via in [MUSTER, PEERS] {
-            let what = format!("{via}, p99");
-            figures.set_goal(LOADED, "", &what, Goal::AtMost(250.0));
+        for via in Via::LOADED {
+            let via = format!("{}, p99", via.name());
+            for what in [LOADED_ABSENT, LOADED_PRESENT] {
+                figures.set_goal(what, "", &via, Goal::AtMost(250.0));
+            }
         }
     }
 
@@ -513,6 +542,21 @@ impl Scene {
                 .trim(),
         )
     }
+}
+
+/// How long the narinfo of a path takes, in ms.
+fn wait(muster: &mut Muster<'_>, path: &str, status: u16) -> f64 {
+    let asked = Instant::now();
+    let got = muster.narinfo(path);
+    let wait = asked.elapsed().as_secs_f64() * 1000.0;
+    assert_eq!(got.status, status, "{path}\n{}", muster.log());
+    wait
+}
+
+fn percentile(waits: &[f64], percent: usize) -> f64 {
+    let mut sorted = waits.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted[(sorted.len() * percent).div_ceil(100) - 1]
 }
 
 /// CPU time that a machine's processes of this name have taken, in ms.
@@ -559,11 +603,17 @@ const DEEP: &str = "closure of small paths in 20 layers, cold";
 const MISSES: &str = "as many paths that nobody has, dry run";
 const LARGE: &str = "one large path";
 const LARGE_WIDE: &str = "one large path, line as wide as the machine";
-const LOADED: &str = "look-up while four large NARs run over 100 Mbit/s";
+const LOADED_ABSENT: &str = "look-up of what nobody has, four large NARs run over 100 Mbit/s";
+const LOADED_PRESENT: &str = "look-up of what is there, four large NARs run over 100 Mbit/s";
 const CAT: &str = "bare ssh cat";
 
 /// Bytes a second of the line: 1 Gbit/s.
 const WIDTH: u64 = 1_000_000_000 / 8;
+/// 100 Mbit/s.
+const THIN: u64 = WIDTH / 10;
+
+/// Paths of each kind that are looked up while large NARs run, one after the other.
+const LOOKED_UP: usize = 100;
 
 /// Of the deep closure, below its top.
 const LAYERS: usize = 20;
