@@ -47,7 +47,9 @@ fn compare() {
     let options = Options::from_environment();
     let scene = Scene::new(&options);
     let mut figures = Figures::default();
-    scene.memory(&mut figures);
+    for _ in 0..MEMORY_TIMES {
+        scene.memory(&mut figures);
+    }
     {
         let mut servers = Servers::start(&scene);
         servers.warm(&scene);
@@ -66,6 +68,7 @@ fn compare() {
     let own = OwnStore::start(&scene);
     for round in 0..options.pairs {
         own.nars(&scene, round, &mut figures);
+        scene.peaks(round, &mut figures);
     }
     drop(own);
     judge(&scene, &mut figures);
@@ -172,19 +175,25 @@ impl Scene {
     }
 
     fn muster(&self) -> Muster<'_> {
-        let muster = Muster::serve(&self.m, "--no-local-daemon --listen 0.0.0.0:5000");
+        self.muster_with("")
+    }
+
+    fn muster_with(&self, args: &str) -> Muster<'_> {
+        let line = format!("--no-local-daemon --listen 0.0.0.0:5000 {args}");
+        let muster = Muster::serve(&self.m, &line);
         let ask = "busybox wget -q -O - http://127.0.0.1:5000/healthz";
         let well = || self.m.run(ask).out.contains(r#""state":"well""#);
         assert!(eventually(20.0, well), "{}", muster.log());
         muster
     }
 
-    /// What a narinfo takes in memory: growth over as many as there are.
+    /// What a narinfo takes in memory: growth over as many as there are, with nothing kept.
     fn memory(&self, figures: &mut Figures) {
-        let muster = self.muster();
+        self.m.run("rm -rf /var/cache/muster").ok();
+        let mut muster = self.muster();
         let targets = self.targets("all", self.small.iter().map(|p| narinfo_target(p)));
-        let few = self.targets("few", self.small[..100].iter().map(|p| narinfo_target(p)));
-        self.load(&few, 5000, 64, 1);
+        let few = self.small[..100].iter().map(|p| narinfo_target(p));
+        load::once(&self.m, 5000, few);
         let before = muster.memory_kb();
         for _ in 0..60 {
             self.load(&targets, 5000, 64, 3);
@@ -196,11 +205,47 @@ impl Scene {
             let held = health["narinfo"]["in-memory"].as_u64().expect("a number");
             if held >= self.small.len() as u64 * 99 / 100 {
                 let grown = muster.memory_kb().saturating_sub(before) as f64 * 1024.0;
-                figures.add(MEMORY, "", "muster", Unit::Bytes, grown / held as f64);
+                figures.add(MEMORY, "", MUSTER, Unit::Bytes, grown / held as f64);
+                // What the goal is about.
+                let mean = self.mean_text(&mut muster);
+                assert!(
+                    (550.0..=650.0).contains(&mean),
+                    "narinfos of {mean:.0} bytes"
+                );
                 return;
             }
         }
         panic!("not all narinfos come into memory\n{}", muster.log());
+    }
+
+    /// Bytes of a narinfo, by some that lie far apart.
+    fn mean_text(&self, muster: &mut Muster<'_>) -> f64 {
+        let step = self.small.len() / TEXTS;
+        let sizes = (0..TEXTS).map(|n| {
+            let narinfo = muster.narinfo(&self.small[n * step]);
+            assert_eq!(narinfo.status, 200, "{}", self.small[n * step]);
+            narinfo.body.len()
+        });
+        sizes.sum::<usize>() as f64 / TEXTS as f64
+    }
+
+    /// The most memory that Muster ever had, started anew for one NAR that it has from the builder, compresses and
+    /// keeps.
+    fn peaks(&self, round: usize, figures: &mut Figures) {
+        let both = [(PEAK_MEDIUM, &self.medium[0]), (MUSTER, &self.large)];
+        for (via, path) in in_turn(&both, round) {
+            self.m.run("rm -rf /lab/peak").ok();
+            let args = "--compression zstd --cache-dir /lab/peak";
+            let mut muster = self.muster_with(args);
+            let url = muster.narinfo(path).field("URL").expect("a narinfo");
+            let line = format!("curl -sSf -o /dev/null http://127.0.0.1:5000/{url}");
+            self.m.run(&line).ok();
+            let mut is_kept = || muster.narinfo(path).field("FileHash").is_some();
+            let kept = eventually(60.0, &mut is_kept);
+            assert!(kept, "{path} is not kept\n{}", muster.log());
+            let peak = muster.memory_peak_kb() as f64 * 1.024e-3;
+            figures.add(PEAK, "", via, Unit::Megabytes, peak);
+        }
     }
 
     fn targets(&self, name: &str, targets: impl Iterator<Item = String>) -> String {
@@ -484,6 +529,8 @@ fn judge(scene: &Scene, figures: &mut Figures) {
     figures.set_goal(LARGE, "", MUSTER, Goal::Times(1.5, NGINX));
     figures.set_goal(EIGHT, "", MUSTER, Goal::Times(1.5, NGINX));
     figures.set_goal(TINY, "", MUSTER, Goal::AtMost(5000.0));
+    figures.set_goal(TINY, "", MUSTER, Goal::Beside(NGINX));
+    figures.set_goal(PEAK, "", MUSTER, Goal::Times(1.25, PEAK_MEDIUM));
     for client in &scene.clients {
         let version = client.name.trim_start_matches("c-");
         figures.set_goal(SECOND, version, MUSTER, Goal::Times(1.1, NGINX));
@@ -537,6 +584,10 @@ fn in_turn<T>(all: &[T], round: usize) -> Vec<&T> {
 const LARGE_TIMES: usize = 2;
 const EIGHT_TIMES: usize = 6;
 
+/// How often the memory of as many narinfos as there are is taken, and how many are looked at for their size.
+const MEMORY_TIMES: usize = 3;
+const TEXTS: usize = 200;
+
 const MUSTER: &str = "muster";
 const NGINX: &str = "nginx";
 const NGINX_OPEN: &str = "nginx, open_file_cache";
@@ -549,6 +600,8 @@ const LARGE: &str = "cached NAR of 500 MB, CPU";
 const EIGHT: &str = "8 cached NARs of 20 MB at once, CPU";
 const TINY: &str = "cached small NAR on one connection, p99";
 const MEMORY_NARS: &str = "memory after these NARs";
+const PEAK: &str = "most memory, one NAR of 500 MB fetched, compressed and kept";
+const PEAK_MEDIUM: &str = "a NAR of 20 MB";
 const SECOND: &str = "second fetch of a NAR of 500 MB";
 const OPEN_FILE_CACHE: &str = "open_file_cache max=100000 inactive=600s; open_file_cache_valid 600s; open_file_cache_errors on;";
 
