@@ -3,10 +3,10 @@
 //!
 //! ```text
 //!   b   builder: Nix 2.8, sshd, nix-daemon; has small paths (narinfos of about 600 bytes), eight NARs of
-//!       20 MB and one of 500 MB that do not compress, and one of 500 MB that does
+//!       20 MB and one of 500 MB that do not compress, and one of 500 MB of programs, which does
 //!   m   muster over ssh-ng://b, with its cache; nginx with the same narinfos and with Muster's own cache
 //!       folder; wrk and curl beside them, over loopback
-//!   o   on b: muster over b's own store; nginx with the same NARs as `nix copy` wrote them
+//!   o   on b: muster over b's own store; nginx with the same NAR as `nix copy` wrote it, and zstd(1)
 //!   c-… clients, each with a store of its own
 //! ```
 //!
@@ -16,10 +16,14 @@
 #[path = "../tests/rig/mod.rs"]
 mod rig;
 
+#[path = "figures/corpus.rs"]
+mod corpus;
 mod figures;
 #[path = "figures/load.rs"]
 #[expect(dead_code, reason = "what benches/scale.rs alone uses")]
 mod load;
+#[path = "figures/own_store.rs"]
+mod own_store;
 
 use std::collections::BTreeMap;
 use std::env;
@@ -31,6 +35,7 @@ use std::thread;
 use figures::cpu::CpuGroup;
 use figures::{Figures, Goal, Unit};
 use load::{Load, add_small, small_name};
+use own_store::OwnStore;
 use rig::muster::narinfo_target;
 use rig::process::Process;
 use rig::{Lab, Machine, Muster, Nix, eventually};
@@ -42,7 +47,9 @@ fn compare() {
     let options = Options::from_environment();
     let scene = Scene::new(&options);
     let mut figures = Figures::default();
-    scene.memory(&mut figures);
+    for _ in 0..MEMORY_TIMES {
+        scene.memory(&mut figures);
+    }
     {
         let mut servers = Servers::start(&scene);
         servers.warm(&scene);
@@ -61,9 +68,11 @@ fn compare() {
     let own = OwnStore::start(&scene);
     for round in 0..options.pairs {
         own.nars(&scene, round, &mut figures);
+        scene.peaks(round, &mut figures);
     }
     drop(own);
     judge(&scene, &mut figures);
+    own_store::judge(&mut figures);
     if let Some(file) = &options.json {
         let text = json!({ "about": scene.about(&options), "figures": figures.json() });
         fs::write(file, format!("{text:#}\n")).expect("write the JSON file");
@@ -128,7 +137,6 @@ struct Scene {
     large_mb: u32,
     medium: Vec<String>,
     medium_mb: u32,
-    soft: String,
     tiny: String,
 }
 
@@ -159,7 +167,6 @@ impl Scene {
             large_mb: options.large_mb,
             medium,
             medium_mb: options.medium_mb,
-            soft: b.build_one("soft", &format!("--arg sizeMB {}", options.large_mb)),
             tiny,
             small,
             b,
@@ -168,19 +175,25 @@ impl Scene {
     }
 
     fn muster(&self) -> Muster<'_> {
-        let muster = Muster::serve(&self.m, "--no-local-daemon --listen 0.0.0.0:5000");
+        self.muster_with("")
+    }
+
+    fn muster_with(&self, args: &str) -> Muster<'_> {
+        let line = format!("--no-local-daemon --listen 0.0.0.0:5000 {args}");
+        let muster = Muster::serve(&self.m, &line);
         let ask = "busybox wget -q -O - http://127.0.0.1:5000/healthz";
         let well = || self.m.run(ask).out.contains(r#""state":"well""#);
         assert!(eventually(20.0, well), "{}", muster.log());
         muster
     }
 
-    /// What a narinfo takes in memory: growth over as many as there are.
+    /// What a narinfo takes in memory: growth over as many as there are, with nothing kept.
     fn memory(&self, figures: &mut Figures) {
-        let muster = self.muster();
+        self.m.run("rm -rf /var/cache/muster").ok();
+        let mut muster = self.muster();
         let targets = self.targets("all", self.small.iter().map(|p| narinfo_target(p)));
-        let few = self.targets("few", self.small[..100].iter().map(|p| narinfo_target(p)));
-        self.load(&few, 5000, 64, 1);
+        let few = self.small[..100].iter().map(|p| narinfo_target(p));
+        load::once(&self.m, 5000, few);
         let before = muster.memory_kb();
         for _ in 0..60 {
             self.load(&targets, 5000, 64, 3);
@@ -192,11 +205,47 @@ impl Scene {
             let held = health["narinfo"]["in-memory"].as_u64().expect("a number");
             if held >= self.small.len() as u64 * 99 / 100 {
                 let grown = muster.memory_kb().saturating_sub(before) as f64 * 1024.0;
-                figures.add(MEMORY, "", "muster", Unit::Bytes, grown / held as f64);
+                figures.add(MEMORY, "", MUSTER, Unit::Bytes, grown / held as f64);
+                // What the goal is about.
+                let mean = self.mean_text(&mut muster);
+                assert!(
+                    (550.0..=650.0).contains(&mean),
+                    "narinfos of {mean:.0} bytes"
+                );
                 return;
             }
         }
         panic!("not all narinfos come into memory\n{}", muster.log());
+    }
+
+    /// Bytes of a narinfo, by some that lie far apart.
+    fn mean_text(&self, muster: &mut Muster<'_>) -> f64 {
+        let step = self.small.len() / TEXTS;
+        let sizes = (0..TEXTS).map(|n| {
+            let narinfo = muster.narinfo(&self.small[n * step]);
+            assert_eq!(narinfo.status, 200, "{}", self.small[n * step]);
+            narinfo.body.len()
+        });
+        sizes.sum::<usize>() as f64 / TEXTS as f64
+    }
+
+    /// The most memory that Muster ever had, started anew for one NAR that it has from the builder, compresses and
+    /// keeps.
+    fn peaks(&self, round: usize, figures: &mut Figures) {
+        let both = [(PEAK_MEDIUM, &self.medium[0]), (MUSTER, &self.large)];
+        for (via, path) in in_turn(&both, round) {
+            self.m.run("rm -rf /lab/peak").ok();
+            let args = "--compression zstd --cache-dir /lab/peak";
+            let mut muster = self.muster_with(args);
+            let url = muster.narinfo(path).field("URL").expect("a narinfo");
+            let line = format!("curl -sSf -o /dev/null http://127.0.0.1:5000/{url}");
+            self.m.run(&line).ok();
+            let mut is_kept = || muster.narinfo(path).field("FileHash").is_some();
+            let kept = eventually(60.0, &mut is_kept);
+            assert!(kept, "{path} is not kept\n{}", muster.log());
+            let peak = muster.memory_peak_kb() as f64 * 1.024e-3;
+            figures.add(PEAK, "", via, Unit::Megabytes, peak);
+        }
     }
 
     fn targets(&self, name: &str, targets: impl Iterator<Item = String>) -> String {
@@ -420,131 +469,6 @@ impl<'s> Servers<'s> {
     }
 }
 
-/// The servers on `b`, over its own store: nginx, and Muster anew in each round, as only its first read hashes.
-struct OwnStore {
-    _nginx: Process,
-    nginx: Server,
-    nginx_target: String,
-    daemon: CpuGroup,
-}
-
-/// One muster over `b`'s own store; stopped before its control group goes.
-struct OwnMuster<'s> {
-    muster: Muster<'s>,
-    server: Server,
-    target: String,
-}
-
-impl OwnStore {
-    fn start(scene: &Scene) -> Self {
-        let copy = format!(
-            "nix copy --to 'file:///srv/plain?compression=none' {}",
-            scene.large
-        );
-        scene.b.run(&copy).ok();
-        let conf = NGINX_CONF
-            .replace("@port@", "8083")
-            .replace("@root@", "/srv/plain")
-            .replace("@more@", "");
-        scene.b.write("/etc/nginx-8083.conf", &conf);
-        let (nginx, cpu) = accounted(&scene.b, "nginx-8083", "nginx -c /etc/nginx-8083.conf");
-        scene.b.await_port(8083);
-        // The daemon's work counts, too, where there is any.
-        let daemon = CpuGroup::new("daemon");
-        for pid in scene.b.processes("nix-daemon") {
-            daemon.take(pid);
-        }
-        let narinfo = scene
-            .b
-            .run(&format!("cat /srv/plain{}", narinfo_target(&scene.large)))
-            .ok()
-            .out;
-        let url = narinfo
-            .lines()
-            .find_map(|l| l.strip_prefix("URL: "))
-            .expect("a URL");
-        Self {
-            _nginx: nginx,
-            nginx: Server {
-                name: NGINX,
-                port: 8083,
-                cpu,
-            },
-            nginx_target: format!("/{url}"),
-            daemon,
-        }
-    }
-
-    fn nars(&self, scene: &Scene, round: usize, figures: &mut Figures) {
-        self.plain(scene, round, figures);
-        self.zstd(scene, figures);
-    }
-
-    fn plain(&self, scene: &Scene, round: usize, figures: &mut Figures) {
-        let mut add = |what, via, secs_per_gb| {
-            figures.add(what, "", via, Unit::SecondsPerGb, secs_per_gb);
-        };
-        let muster = OwnMuster::serve(scene, &scene.large, "--compression none --cache-size 0");
-        let first = self.fetch(scene, &muster.server, &muster.target);
-        add(OWN_FIRST, MUSTER, first);
-        let both = [
-            (&muster.server, &muster.target),
-            (&self.nginx, &self.nginx_target),
-        ];
-        let hash = sha256();
-        for (server, target) in in_turn(&both, round) {
-            let cpu = self.fetch(scene, server, target);
-            add(OWN, server.name, cpu);
-            if server.name == NGINX {
-                add(OWN_FIRST, HARMONIA_AND_HASH, cpu * HARMONIA + hash);
-            }
-        }
-        add(OWN_FIRST, HASH, hash);
-    }
-
-    fn zstd(&self, scene: &Scene, figures: &mut Figures) {
-        let mut add = |what, secs_per_gb| {
-            figures.add(what, "", MUSTER, Unit::SecondsPerGb, secs_per_gb);
-        };
-        scene.b.run("rm -rf /srv/cache").ok();
-        let args = "--compression zstd --cache-dir /srv/cache";
-        let mut own = OwnMuster::serve(scene, &scene.soft, args);
-        add(OWN_ZSTD_FIRST, self.fetch(scene, &own.server, &own.target));
-        let mut is_kept = || own.muster.narinfo(&scene.soft).field("FileHash").is_some();
-        let kept = eventually(30.0, &mut is_kept);
-        assert!(kept, "it is not kept\n{}", own.muster.log());
-        add(OWN_ZSTD, self.fetch(scene, &own.server, &own.target));
-    }
-
-    /// Fetches the NAR and returns the CPU time that it took, in s for a GB.
-    fn fetch(&self, scene: &Scene, server: &Server, target: &String) -> f64 {
-        let before = self.daemon.used();
-        let cpu = fetch(&scene.b, server, std::slice::from_ref(target), 1);
-        let gb = f64::from(scene.large_mb) * 1.048_576e-3;
-        (cpu + (self.daemon.used() - before).as_secs_f64()) / gb
-    }
-}
-
-impl<'s> OwnMuster<'s> {
-    fn serve(scene: &'s Scene, path: &str, args: &str) -> Self {
-        let port = 5001;
-        let line = format!("--listen 127.0.0.1:{port} --no-machines --upstream daemon {args}");
-        let mut muster = Muster::serve(&scene.b, &line);
-        let cpu = CpuGroup::new("own");
-        cpu.take(muster.pid());
-        let url = muster.narinfo(path).field("URL").expect("a narinfo");
-        Self {
-            muster,
-            server: Server {
-                name: MUSTER,
-                port,
-                cpu,
-            },
-            target: format!("/{url}"),
-        }
-    }
-}
-
 /// Where Muster's time goes while narinfos are hit over 64 connections, by perf: its top lines, kernel and all.
 fn profile(scene: &Scene) -> String {
     let muster = scene.muster();
@@ -595,20 +519,6 @@ fn profile(scene: &Scene) -> String {
     format!("{:.0} narinfo hits\n\n{parts}\n\n{lines}\n", load.requests)
 }
 
-/// CPU time in s that OpenSSL takes for one SHA-256 of a GB in memory, here and now.
-fn sha256() -> f64 {
-    let speed = Command::new("openssl")
-        .args([
-            "speed", "-mr", "-seconds", "1", "-bytes", "262144", "-evp", "sha256",
-        ])
-        .output()
-        .expect("openssl starts");
-    let text = String::from_utf8_lossy(&speed.stdout);
-    let line = text.lines().find_map(|line| line.strip_prefix("+F:"));
-    let rate = line.and_then(|line| line.rsplit(':').next()?.parse::<f64>().ok());
-    1e9 / rate.unwrap_or_else(|| panic!("openssl speed tells no bytes in a second: {text}"))
-}
-
 fn judge(scene: &Scene, figures: &mut Figures) {
     figures.set_goal(HIT, "", MUSTER, Goal::Times(0.70, NGINX));
     figures.set_goal(HIT, "", MUSTER, Goal::Times(1.0, NGINX_OPEN));
@@ -619,21 +529,18 @@ fn judge(scene: &Scene, figures: &mut Figures) {
     figures.set_goal(LARGE, "", MUSTER, Goal::Times(1.5, NGINX));
     figures.set_goal(EIGHT, "", MUSTER, Goal::Times(1.5, NGINX));
     figures.set_goal(TINY, "", MUSTER, Goal::AtMost(5000.0));
+    figures.set_goal(TINY, "", MUSTER, Goal::Beside(NGINX));
+    figures.set_goal(PEAK, "", MUSTER, Goal::Times(1.25, PEAK_MEDIUM));
     for client in &scene.clients {
         let version = client.name.trim_start_matches("c-");
         figures.set_goal(SECOND, version, MUSTER, Goal::Times(1.1, NGINX));
     }
-    figures.set_goal(OWN_FIRST, "", MUSTER, Goal::AtMost(0.85));
-    figures.set_goal(OWN_FIRST, "", MUSTER, Goal::Times(1.0, HARMONIA_AND_HASH));
-    figures.set_goal(OWN_FIRST, "", MUSTER, Goal::Beside(HASH));
-    figures.set_goal(OWN, "", MUSTER, Goal::Times(HARMONIA, NGINX));
-    figures.set_goal(OWN_ZSTD_FIRST, "", MUSTER, Goal::AtMost(3.0));
-    figures.set_goal(OWN_ZSTD, "", MUSTER, Goal::AtMost(0.2));
 }
 
 /// Starts a program in a control group of its own, all of it from its first instruction.
 fn accounted(machine: &Machine, name: &str, line: &str) -> (Process, CpuGroup) {
     let cpu = CpuGroup::new(name);
+    machine.run(&format!("rm -f /run/go-{name}")).ok();
     let process = machine.spawn(
         name,
         &format!("sh -c 'while [ ! -e /run/go-{name} ]; do sleep 0.05; done; exec {line}'"),
@@ -677,8 +584,9 @@ fn in_turn<T>(all: &[T], round: usize) -> Vec<&T> {
 const LARGE_TIMES: usize = 2;
 const EIGHT_TIMES: usize = 6;
 
-/// CPU of harmonia beside nginx's, where both were measured: 0.30 and 0.18 s/GB.
-const HARMONIA: f64 = 0.30 / 0.18;
+/// How often the memory of as many narinfos as there are is taken, and how many are looked at for their size.
+const MEMORY_TIMES: usize = 3;
+const TEXTS: usize = 200;
 
 const MUSTER: &str = "muster";
 const NGINX: &str = "nginx";
@@ -692,15 +600,9 @@ const LARGE: &str = "cached NAR of 500 MB, CPU";
 const EIGHT: &str = "8 cached NARs of 20 MB at once, CPU";
 const TINY: &str = "cached small NAR on one connection, p99";
 const MEMORY_NARS: &str = "memory after these NARs";
+const PEAK: &str = "most memory, one NAR of 500 MB fetched, compressed and kept";
+const PEAK_MEDIUM: &str = "a NAR of 20 MB";
 const SECOND: &str = "second fetch of a NAR of 500 MB";
-const OWN_FIRST: &str = "own store, 500 MB uncompressed, first read, CPU";
-const OWN: &str = "own store, 500 MB uncompressed, CPU";
-/// The same as a sum on this machine: what harmonia takes, which hashes nothing, and one hash.
-const HARMONIA_AND_HASH: &str = "1.67 × nginx and a SHA-256";
-const HASH: &str = "one SHA-256 by OpenSSL";
-const OWN_ZSTD_FIRST: &str = "own store, 500 MB with zstd, first read, CPU";
-const OWN_ZSTD: &str = "own store, 500 MB with zstd, later, CPU";
-
 const OPEN_FILE_CACHE: &str = "open_file_cache max=100000 inactive=600s; open_file_cache_valid 600s; open_file_cache_errors on;";
 
 const NGINX_CONF: &str = "\

@@ -1,7 +1,8 @@
 //! Muster on one LAN with real Nix, against nginx; run by `benches/lan`, which installs what is needed.
 //!
 //! ```text
-//!   b1 b2 b3   builders: Nix 2.8, sshd, nix-daemon; b2 alone has the closure (4 KiB each, in layers)
+//!   b1 b2 b3   builders: Nix 2.8, sshd, nix-daemon; b2 alone has the closure (4 KiB each, in layers); and, where
+//!              said, a muster each over its own store
 //!   silent     accepts TCP and never answers
 //!   m          muster serve, and its builders in a machines file
 //!   www        nginx, the same closure as `nix copy --to file://…?compression=zstd` wrote it
@@ -107,11 +108,15 @@ enum Via {
     Silent,
     /// The same when it falls silent after Muster is connected, just before the client asks.
     TurnsSilent,
+    /// The builders run muster.
+    Peers,
+    /// The same when one of them falls silent, as [`Self::TurnsSilent`], and is asked.
+    PeersTurnSilent,
     SshNg,
 }
 
 impl Via {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 10] = [
         Self::Nginx,
         Self::Zstd,
         Self::NoNarsAhead,
@@ -119,6 +124,8 @@ impl Via {
         Self::SilentAtStart,
         Self::Silent,
         Self::TurnsSilent,
+        Self::Peers,
+        Self::PeersTurnSilent,
         Self::SshNg,
     ];
 
@@ -131,6 +138,8 @@ impl Via {
             Self::SilentAtStart => SILENT_AT_START,
             Self::Silent => SILENT,
             Self::TurnsSilent => TURNS_SILENT,
+            Self::Peers => PEERS,
+            Self::PeersTurnSilent => PEERS_TURN_SILENT,
             Self::SshNg => SSH_NG,
         }
     }
@@ -138,8 +147,17 @@ impl Via {
     fn can_miss(self) -> bool {
         matches!(
             self,
-            Self::Nginx | Self::Zstd | Self::Silent | Self::TurnsSilent
+            Self::Nginx
+                | Self::Zstd
+                | Self::Silent
+                | Self::TurnsSilent
+                | Self::Peers
+                | Self::PeersTurnSilent
         )
+    }
+
+    fn turns_silent(self) -> bool {
+        matches!(self, Self::TurnsSilent | Self::PeersTurnSilent)
     }
 }
 
@@ -150,6 +168,8 @@ const PLAIN: &str = "muster, none";
 const SILENT_AT_START: &str = "muster, zstd, one builder silent, in the first 5 s";
 const SILENT: &str = "muster, zstd, one builder silent";
 const TURNS_SILENT: &str = "muster, zstd, one builder turns silent";
+const PEERS: &str = "muster, builders run muster";
+const PEERS_TURN_SILENT: &str = "muster, builders run muster, one turns silent";
 const SSH_NG: &str = "plain ssh-ng";
 
 /// All machines, and what they have.
@@ -172,6 +192,8 @@ impl Scene {
         let builder = |name| {
             let builder = lab.machine(name, Nix::Debian12);
             builder.sshd().daemon();
+            // A store without any path is not read in place.
+            builder.build_one("tiny", "");
             builder
         };
         let builders: Vec<_> = ["b1", "b2", "b3"].map(builder).into();
@@ -193,6 +215,10 @@ impl Scene {
         let all = muster.read("/etc/nix/machines");
         muster.write("/etc/muster-no-nars-ahead.toml", "prefetch-nars = 0\n");
         muster.write("/etc/nix/machines.silent", &all.replace("@b1", "@silent"));
+        let peers = ["b1", "b2", "b3"]
+            .map(|name| format!("[[upstreams]]\nuri = \"http://{name}:5000\"\ntrusted = true\n"));
+        let peers = format!("machines = false\n{}", peers.concat());
+        muster.write("/etc/muster-peers.toml", &peers);
         let client = |version: &String| {
             let nix = Nix::named(version);
             lab.machine(&format!("c-{version}"), nix)
@@ -216,6 +242,7 @@ impl Scene {
 
     /// The closure by one road, with nothing kept anywhere.
     fn closure(&self, client: &Machine, via: Via, figures: &mut Figures) {
+        let _peers = self.start_peers(via);
         let (muster, url, key) = self.serve(via);
         client.fresh_store();
         let _silent = self.silence(via);
@@ -243,6 +270,7 @@ impl Scene {
 
     /// A dry run of as many paths that nobody has.
     fn misses(&self, client: &Machine, via: Via, figures: &mut Figures) {
+        let _peers = self.start_peers(via);
         let (_muster, url, key) = self.serve(via);
         client.fresh_store();
         let args = format!("--arg n {} --argstr seed nobody", self.paths - 1);
@@ -265,6 +293,7 @@ impl Scene {
             Via::Zstd | Via::TurnsSilent => "",
             Via::NoNarsAhead => "--config /etc/muster-no-nars-ahead.toml",
             Via::Plain => "--compression none",
+            Via::Peers | Via::PeersTurnSilent => "--config /etc/muster-peers.toml",
             Via::Silent | Via::SilentAtStart => "--machines /etc/nix/machines.silent",
         };
         self.muster.run(FORGET).ok();
@@ -280,11 +309,31 @@ impl Scene {
         (Some(muster), url, key)
     }
 
+    /// Starts a muster on each builder, over its own store alone, where the road is theirs.
+    fn start_peers(&self, via: Via) -> Vec<Process> {
+        if !matches!(via, Via::Peers | Via::PeersTurnSilent) {
+            return Vec::new();
+        }
+        let start = |builder: &Machine| {
+            builder.run(FORGET).ok();
+            let line = "muster serve --no-machines --listen 0.0.0.0:5000";
+            let peer = builder.spawn("muster", line);
+            builder.await_port(5000);
+            peer
+        };
+        self.builders[..3].iter().map(start).collect()
+    }
+
     /// Stops the builder that is to fall silent until the result is dropped.
     fn silence(&self, via: Via) -> Option<Frozen<'_>> {
-        (via == Via::TurnsSilent).then(|| {
+        via.turns_silent().then(|| {
             self.builders[0].freeze();
-            Frozen(&self.builders[0])
+            let frozen = Frozen(&self.builders[0]);
+            if via == Via::PeersTurnSilent {
+                // Until then the answer is known from its catalog, and it is not asked at all.
+                thread::sleep(CATALOG_STALE);
+            }
+            frozen
         })
     }
 
@@ -365,10 +414,14 @@ impl Scene {
             figures.set_goal(CLOSURE, client, SILENT_AT_START, Goal::Plus(0.1, ZSTD));
             figures.set_goal(CLOSURE, client, SILENT, Goal::Plus(0.1, ZSTD));
             figures.set_goal(CLOSURE, client, TURNS_SILENT, Goal::Plus(0.1, ZSTD));
+            figures.set_goal(CLOSURE, client, PEERS, Goal::Beside(NGINX));
+            figures.set_goal(CLOSURE, client, PEERS_TURN_SILENT, Goal::Plus(0.1, PEERS));
             figures.set_goal(CLOSURE, client, SSH_NG, Goal::Beside(NGINX));
             figures.set_goal(MISSES, client, ZSTD, Goal::Times(1.2, NGINX));
             figures.set_goal(MISSES, client, SILENT, Goal::Plus(0.05, ZSTD));
             figures.set_goal(MISSES, client, TURNS_SILENT, Goal::Plus(1.5, ZSTD));
+            figures.set_goal(MISSES, client, PEERS, Goal::Beside(NGINX));
+            figures.set_goal(MISSES, client, PEERS_TURN_SILENT, Goal::Plus(1.5, PEERS));
         }
         figures.set_goal(FIRST_INFO, "", "", Goal::AtMost(100.0));
         figures.set_goal(MEMORY, "", "", Goal::AtMost(20.0));
@@ -471,6 +524,10 @@ const FIRST_INFO: &str = "start to the first /nix-cache-info";
 const FIRST_NARINFO: &str = "start to the first narinfo of a builder's path";
 const MEMORY: &str = "memory, idle, three builders connected";
 const MEMORY_AFTER: &str = "memory after the closure";
+
+/// More than the second for which a catalog without heartbeats is believed, and less than the five after which
+/// its feed is left.
+const CATALOG_STALE: Duration = Duration::from_millis(1500);
 
 const SSH_NG_URLS: &str = "ssh-ng://b1 ssh-ng://b2 ssh-ng://b3";
 const PLAIN_LIMIT: f64 = 300.0;

@@ -109,17 +109,26 @@ fn saved_figures_are_read_again() {
     }
     figures.set_goal("a closure", "2.8", "muster", Goal::Times(0.7, "nginx"));
     figures.set_goal("a closure", "2.8", "muster", Goal::Plus(-0.5, "nginx"));
+    for (muster, zstd) in [(3.1, 3.1), (3.0, 3.1), (3.0, 3.0)] {
+        figures.add("a NAR, ratio", "", "muster", Unit::Ratio, muster);
+        figures.add("a NAR, ratio", "", "zstd", Unit::Ratio, zstd);
+    }
+    figures.set_goal("a NAR, ratio", "", "muster", Goal::AtLeast(0.99, "zstd"));
+    figures.set_goal("a NAR, ratio", "", "muster", Goal::AtLeast(1.01, "zstd"));
     let read = Figures::read(&figures.json()).expect("it was just written");
     assert_eq!(read.json(), figures.json());
     let table = read.markdown();
     let rows = [
         "| a closure, Nix 2.8 | nginx 1.000 s | 0.600 s | 0.60 × (0.50 to 0.60) | ≤ 0.7 × | ✓ |",
         "| a closure, Nix 2.8 | nginx 1.000 s | 0.600 s | -0.500 s (-0.600 to -0.400) | ≤ +-0.5 s | ✓ |",
+        "| a NAR, ratio | zstd 3.10 | 3.00 | 1.00 × (0.97 to 1.00) | ≥ 0.99 × | ✓ |",
+        "| a NAR, ratio | zstd 3.10 | 3.00 | 1.00 × (0.97 to 1.00) | ≥ 1.01 × | ✗ |",
     ];
     for row in rows {
         assert!(table.contains(row), "{table}");
     }
-    assert!(read.picture("Title", "below").contains("0.60"));
+    let picture = read.picture("Title", "below");
+    assert!(picture.contains("0.60") && picture.contains("≥ 0.99"));
 }
 
 /// Words beside a bar ran into it.

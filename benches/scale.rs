@@ -4,15 +4,18 @@
 //!   b   nix-daemon of Nix 2.8 with up to a million paths, and Muster over its socket; as many builders
 //!       as are wanted are links to that one socket, each with connections and daemon processes of its own
 //!   r   another builder, behind a line with a delay; m Muster over ssh-ng://r; c a real client
+//!   b1 b2 b3   builders over ssh, for bursts (figures/burst.rs); mb Muster over these
 //! ```
 //!
 //! Load is wrk's over loopback, CPU time from a control group of Muster's own. Each point is the median of
-//! the rounds, the catalog's of every fourth. The points of a curve are taken in turn; those over the size of
+//! the rounds. The points of a curve are taken in turn; those over the size of
 //! the store are not, as it only grows. Paths of the large store are in its database alone.
 
 #[path = "../tests/rig/mod.rs"]
 mod rig;
 
+#[path = "figures/burst.rs"]
+mod burst;
 #[path = "figures/catalog.rs"]
 mod catalog;
 mod figures;
@@ -26,6 +29,7 @@ use std::os::unix::fs::symlink;
 use std::thread;
 use std::time::Duration;
 
+use burst::Burst;
 use figures::cpu::CpuGroup;
 use figures::{
     BY_BUILDERS, BY_CLIENTS, BY_CLIENTS_P99, BY_PATHS, BY_ROUND_TRIP, Figures, Goal, Unit,
@@ -54,6 +58,12 @@ fn scale() {
         }
     }
     drop(round_trips);
+    let burst = Burst::new(&lab);
+    for round in 0..rounds {
+        eprintln!("-- bursts, {} of {rounds}", round + 1);
+        burst.measure(round, &mut figures);
+    }
+    drop(burst);
 
     let b = lab.machine("b", Nix::Debian12);
     b.daemon();
@@ -77,8 +87,7 @@ fn scale() {
         for _ in 0..rounds {
             by_paths(&b, &paths, &mut figures);
         }
-        // Memory and heartbeats are the same each time, and take seconds.
-        for _ in 0..rounds.div_ceil(4) {
+        for _ in 0..rounds {
             catalog::measure(&b, size, &mut figures);
         }
     }

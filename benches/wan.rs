@@ -3,7 +3,7 @@
 //! ```text
 //!   c-2.8 … m  --- here
 //!      line: 20 ms each way, 1 Gbit/s, for ssh and http alike; as wide as the machine, or 100 Mbit/s where said
-//!   b1 b2 b3   builders: Nix 2.8, sshd, nix-daemon; b2 alone has the closure and the large path
+//!   b1 b2 b3   builders: Nix 2.8, sshd, nix-daemon; b2 alone has the closures and the large path
 //!              and, where said, a muster each over its own store, asked over the same line or past it
 //!   www        nginx, the same paths as `nix copy --to file://…?compression=zstd` wrote them
 //! ```
@@ -14,12 +14,16 @@
 //!
 //! Whatever is compared is taken in turn, forth and back, as in benches/lan.rs; Muster is started anew for every
 //! single time, on the builders too, with nothing kept, connected, and left alone for two seconds. The machines' stores
-//! are in memory unless it is told otherwise, as there.
+//! are in memory unless it is told otherwise, as there. Paths that are looked up while large NARs run are known to no
+//! Muster before.
 
 #[path = "../tests/rig/mod.rs"]
 mod rig;
 
 mod figures;
+#[path = "figures/load.rs"]
+#[expect(dead_code, reason = "what benches/compare.rs and benches/scale.rs use")]
+mod load;
 
 use std::env;
 use std::fs;
@@ -40,7 +44,10 @@ fn wan() {
         eprintln!("-- round {} of {}", round + 1, options.pairs);
         for client in &scene.clients {
             for via in in_turn(Via::ALL, round) {
-                scene.closure(client, via, &mut figures);
+                scene.closure(client, via, &scene.top, CLOSURE, &mut figures);
+            }
+            for via in in_turn(Via::DEEP, round) {
+                scene.closure(client, via, &scene.deep, DEEP, &mut figures);
             }
             for via in in_turn(Via::MISSING, round) {
                 scene.misses(client, via, &mut figures);
@@ -58,11 +65,11 @@ fn wan() {
         }
         if options.large_mib > 0 {
             scene.cat(&mut figures);
+            for via in in_turn(Via::LOADED, round) {
+                scene.loaded(via, &mut figures);
+            }
+            scene.narrow(WIDTH);
         }
-    }
-    if options.large_mib > 0 {
-        scene.loaded(Via::Muster, &mut figures);
-        scene.loaded(Via::Peers, &mut figures);
     }
     scene.judge(&mut figures);
     let about = scene.about(&options);
@@ -116,12 +123,18 @@ enum Via {
     NoNars,
     /// Level by level, and without them.
     Levels,
+    /// Level by level, with NARs pulled ahead.
+    LevelsAndNars,
     /// With nothing fetched ahead.
     Nothing,
     /// The builders run muster.
     Peers,
     /// The same without the line: the LAN's figure.
     PeersNear,
+    /// The builders run muster, and a closure is asked for level by level.
+    PeersLevels,
+    /// The builders run muster, and nothing is fetched ahead.
+    PeersNothing,
     /// The builders run muster, and each path is asked for: what none of them has is not known from catalogs.
     PeersNoCatalog,
 }
@@ -138,6 +151,17 @@ impl Via {
         Self::Nothing,
     ];
 
+    /// The roads to a closure of many layers: the whole at once, level by level, path by path.
+    const DEEP: [Self; 7] = [
+        Self::Nginx,
+        Self::Muster,
+        Self::LevelsAndNars,
+        Self::Nothing,
+        Self::Peers,
+        Self::PeersLevels,
+        Self::PeersNothing,
+    ];
+
     /// The roads on which paths are asked for that nobody has.
     const MISSING: [Self; 5] = [
         Self::Nginx,
@@ -147,6 +171,9 @@ impl Via {
         Self::PeersNoCatalog,
     ];
 
+    /// The roads on which paths are looked up while large NARs run.
+    const LOADED: [Self; 3] = [Self::Muster, Self::Peers, Self::PeersNoCatalog];
+
     fn name(self) -> &'static str {
         match self {
             Self::Nginx => NGINX,
@@ -154,8 +181,11 @@ impl Via {
             Self::Muster => MUSTER,
             Self::NoNars => "muster, no NARs ahead",
             Self::Levels => "muster, level by level, no NARs ahead",
+            Self::LevelsAndNars => "muster, level by level",
             Self::Nothing => "muster, nothing ahead",
             Self::Peers => PEERS,
+            Self::PeersLevels => "muster, builders run muster, level by level",
+            Self::PeersNothing => "muster, builders run muster, nothing ahead",
             Self::PeersNear => PEERS_NEAR,
             Self::PeersNoCatalog => PEERS_NO_CATALOG,
         }
@@ -164,7 +194,9 @@ impl Via {
     /// The port of the builders' musters: behind the line, or their own.
     fn peers(self) -> Option<u16> {
         match self {
-            Self::Peers | Self::PeersNoCatalog => Some(5000),
+            Self::Peers | Self::PeersLevels | Self::PeersNothing | Self::PeersNoCatalog => {
+                Some(5000)
+            }
             Self::PeersNear => Some(PEER_PORT),
             _ => None,
         }
@@ -175,7 +207,8 @@ impl Via {
             Self::Nginx | Self::NginxNear | Self::Muster | Self::Peers | Self::PeersNear => "",
             Self::NoNars => "prefetch-nars = 0",
             Self::Levels => "prefetch-nars = 0\nprefetch-closure = false",
-            Self::Nothing => "prefetch = false",
+            Self::LevelsAndNars | Self::PeersLevels => "prefetch-closure = false\n",
+            Self::Nothing | Self::PeersNothing => "prefetch = false\n",
             Self::PeersNoCatalog => "catalog = false\n",
         }
     }
@@ -205,7 +238,11 @@ struct Scene {
     muster: Machine,
     www: Machine,
     top: String,
+    /// Of a closure of as many paths in [`LAYERS`], the top of which refers to the last one alone.
+    deep: String,
     large: Vec<String>,
+    /// Which nothing refers to that is asked for, and which refer to nothing.
+    small: Vec<String>,
     paths: usize,
     /// The key that b2 signs with.
     key: String,
@@ -226,6 +263,12 @@ impl Scene {
         let b2 = &builders[1];
         let key = b2.signs_as("b2-1");
         let top = b2.build_one("dag", &format!("--arg n {}", options.paths));
+        let width = options.paths / LAYERS;
+        let args = format!(
+            "--arg n {} --arg width {width} --argstr seed deep",
+            options.paths
+        );
+        let deep = b2.build_one("deep", &args);
         let large = |number: u32| {
             let args = format!("--arg sizeMB {} --argstr seed {number}", options.large_mib);
             b2.build_one("big", &args)
@@ -234,9 +277,13 @@ impl Scene {
             .filter(|_| options.large_mib > 0)
             .map(large)
             .collect();
+        let mut small = Vec::new();
+        if options.large_mib > 0 {
+            load::add_small(b2, &mut small, LOOKED_UP, 0);
+        }
         let cache = "file:///lab/www?compression=zstd&secret-key=/etc/nix/secret";
         let first = large.first().cloned().unwrap_or_default();
-        b2.run(&format!("nix copy --to '{cache}' {top} {first}"))
+        b2.run(&format!("nix copy --to '{cache}' {top} {deep} {first}"))
             .ok();
 
         for builder in &builders {
@@ -262,7 +309,9 @@ impl Scene {
             muster,
             www,
             top,
+            deep,
             large,
+            small,
             paths: options.paths + 1,
             key,
             delay_ms: options.delay_ms,
@@ -280,21 +329,15 @@ impl Scene {
         self.www.reach_over(80, 8080, line);
     }
 
-    fn closure(&self, client: &Machine, via: Via, figures: &mut Figures) {
+    fn closure(&self, client: &Machine, via: Via, top: &str, what: &str, figures: &mut Figures) {
         let road = self.serve(via);
         client.fresh_store();
-        let line = format!("nix-store --realise {} {}", self.top, road.using());
+        let line = format!("nix-store --realise {top} {}", road.using());
         let got = client.run_for(120.0, &line);
         let log = road.muster.as_ref().map(Muster::log).unwrap_or_default();
         let got = got.ok();
         assert_eq!((got.built(), got.copied()), (0, self.paths), "{got}\n{log}");
-        figures.add(
-            CLOSURE,
-            version(client),
-            via.name(),
-            Unit::Seconds,
-            got.secs,
-        );
+        figures.add(what, version(client), via.name(), Unit::Seconds, got.secs);
         if road.muster.is_some() && env::var_os("MUSTER_WAN_SHOW").is_some() {
             let report = self.muster.run(HEALTHZ).out;
             let machines = std::iter::once(&self.muster).chain(&self.builders);
@@ -338,38 +381,51 @@ impl Scene {
         }
     }
 
-    /// Look-ups while four large NARs run over a thin line.
+    /// Puts all of b2 behind a line of so many bytes a second.
+    fn narrow(&self, bytes_per_second: u64) {
+        self.builders[1].behind(line(self.delay_ms, bytes_per_second));
+        let line = line(self.delay_ms, bytes_per_second);
+        self.builders[1].reach_over(5000, PEER_PORT, line);
+    }
+
+    /// Look-ups while four large NARs run over a thin line: of what nobody has and of what b2 alone has, each for
+    /// the first time.
     fn loaded(&self, via: Via, figures: &mut Figures) {
-        let thin = line(20, 100_000_000 / 8);
-        self.builders[1].behind(thin);
-        self.builders[1].reach_over(5000, PEER_PORT, thin);
+        self.narrow(THIN);
         let (mut muster, _peers) = self.start(via);
-        let narinfos: Vec<_> = self.large.iter().map(|path| muster.narinfo(path)).collect();
         let url = muster.url();
-        let get = |place: usize, url: &str| {
-            let line = format!("busybox wget -q -O /dev/null {url}");
-            self.muster.spawn(&format!("nar-{place}"), &line)
-        };
-        let nars: Vec<_> = narinfos
-            .iter()
-            .enumerate()
-            .map(|(place, n)| get(place, &format!("{url}/{}", n.field("URL").expect("a URL"))))
-            .collect();
+        let mut nars = Vec::new();
+        for (place, path) in self.large.iter().enumerate() {
+            let target = muster.narinfo(path).field("URL").expect("a URL");
+            let line = format!("busybox wget -q -O /dev/null {url}/{target}");
+            nars.push(self.muster.spawn(&format!("nar-{place}"), &line));
+        }
         thread::sleep(Duration::from_secs(5));
-        let mut waits = Vec::new();
-        for number in 0..300_u32 {
-            let path = format!("/nix/store/{:032}-nobody", number);
-            let asked = Instant::now();
-            assert_eq!(muster.narinfo(&path).status, 404);
-            waits.push(asked.elapsed().as_secs_f64() * 1000.0);
+        let absent = (0..self.small.len()).map(|n| format!("/nix/store/{n:032}-nobody"));
+        let absent: Vec<_> = absent.collect();
+        for (what, paths, status) in [
+            (LOADED_ABSENT, &absent, 404),
+            (LOADED_PRESENT, &self.small, 200),
+        ] {
+            let waits: Vec<_> = paths
+                .iter()
+                .map(|path| wait(&mut muster, path, status))
+                .collect();
+            for percent in [50, 99] {
+                let via = format!("{}, p{percent}", via.name());
+                let wait = percentile(&waits, percent);
+                figures.add(what, "", &via, Unit::Milliseconds, wait);
+            }
         }
-        drop(nars);
-        waits.sort_by(f64::total_cmp);
-        for percent in [50, 99] {
-            let wait = waits[(waits.len() * percent / 100).min(waits.len() - 1)];
-            let what = format!("{}, p{percent}", via.name());
-            figures.add(LOADED, "", &what, Unit::Milliseconds, wait);
-        }
+        let running = nars
+            .iter_mut()
+            .filter_map(|nar| nar.ended().is_none().then_some(()));
+        assert_eq!(
+            running.count(),
+            4,
+            "not all NARs ran meanwhile\n{}",
+            muster.log()
+        );
     }
 
     /// Starts what a road needs.
@@ -442,6 +498,15 @@ impl Scene {
             for via in Via::ALL {
                 figures.set_goal(CLOSURE, client, via.name(), Goal::Beside(NGINX));
             }
+            for via in [Via::Muster, Via::Peers] {
+                figures.set_goal(DEEP, client, via.name(), Goal::Beside(NGINX));
+            }
+            for via in [Via::LevelsAndNars, Via::Nothing] {
+                figures.set_goal(DEEP, client, via.name(), Goal::Beside(MUSTER));
+            }
+            for via in [Via::PeersLevels, Via::PeersNothing] {
+                figures.set_goal(DEEP, client, via.name(), Goal::Beside(PEERS));
+            }
             figures.set_goal(CLOSURE, client, MUSTER, Goal::AtMost(1.0));
             figures.set_goal(CLOSURE, client, PEERS, Goal::AtMost(0.6));
             figures.set_goal(MISSES, client, MUSTER, Goal::AtMost(0.6));
@@ -451,9 +516,11 @@ impl Scene {
             figures.set_goal(LARGE, client, PEERS, Goal::Times(1.0, NGINX));
             figures.set_goal(LARGE_WIDE, client, PEERS, Goal::Beside(NGINX));
         }
-        for via in [MUSTER, PEERS] {
-            let what = format!("{via}, p99");
-            figures.set_goal(LOADED, "", &what, Goal::AtMost(250.0));
+        for via in Via::LOADED {
+            let via = format!("{}, p99", via.name());
+            for what in [LOADED_ABSENT, LOADED_PRESENT] {
+                figures.set_goal(what, "", &via, Goal::AtMost(250.0));
+            }
         }
     }
 
@@ -475,6 +542,21 @@ impl Scene {
                 .trim(),
         )
     }
+}
+
+/// How long the narinfo of a path takes, in ms.
+fn wait(muster: &mut Muster<'_>, path: &str, status: u16) -> f64 {
+    let asked = Instant::now();
+    let got = muster.narinfo(path);
+    let wait = asked.elapsed().as_secs_f64() * 1000.0;
+    assert_eq!(got.status, status, "{path}\n{}", muster.log());
+    wait
+}
+
+fn percentile(waits: &[f64], percent: usize) -> f64 {
+    let mut sorted = waits.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted[(sorted.len() * percent).div_ceil(100) - 1]
 }
 
 /// CPU time that a machine's processes of this name have taken, in ms.
@@ -517,14 +599,24 @@ fn version(client: &Machine) -> &str {
 }
 
 const CLOSURE: &str = "closure of small paths, cold";
+const DEEP: &str = "closure of small paths in 20 layers, cold";
 const MISSES: &str = "as many paths that nobody has, dry run";
 const LARGE: &str = "one large path";
 const LARGE_WIDE: &str = "one large path, line as wide as the machine";
-const LOADED: &str = "look-up while four large NARs run over 100 Mbit/s";
+const LOADED_ABSENT: &str = "look-up of what nobody has, four large NARs run over 100 Mbit/s";
+const LOADED_PRESENT: &str = "look-up of what is there, four large NARs run over 100 Mbit/s";
 const CAT: &str = "bare ssh cat";
 
 /// Bytes a second of the line: 1 Gbit/s.
 const WIDTH: u64 = 1_000_000_000 / 8;
+/// 100 Mbit/s.
+const THIN: u64 = WIDTH / 10;
+
+/// Paths of each kind that are looked up while large NARs run, one after the other.
+const LOOKED_UP: usize = 100;
+
+/// Of the deep closure, below its top.
+const LAYERS: usize = 20;
 
 /// Where the builders' musters listen, beyond the line.
 const PEER_PORT: u16 = 5001;

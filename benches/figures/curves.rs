@@ -184,7 +184,7 @@ impl Panel {
 fn bound(series: &Series) -> Option<f64> {
     series.goals.iter().find_map(|goal| match goal {
         Goal::AtMost(bound) => Some(*bound),
-        Goal::Times(..) | Goal::Plus(..) | Goal::Beside(_) => None,
+        Goal::Times(..) | Goal::AtLeast(..) | Goal::Plus(..) | Goal::Beside(_) => None,
     })
 }
 

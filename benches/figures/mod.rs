@@ -39,6 +39,8 @@ pub enum Unit {
     Megabytes,
     Bytes,
     SecondsPerGb,
+    /// How many times one thing is another.
+    Ratio,
 }
 
 /// What a figure is to reach.
@@ -48,6 +50,8 @@ pub enum Goal {
     AtMost(f64),
     /// So many times the anchor at most, in the median of the pairs.
     Times(f64, &'static str),
+    /// So many times the anchor at least, in the median of the pairs.
+    AtLeast(f64, &'static str),
     /// So much more than the anchor at most, in the median of the pairs.
     Plus(f64, &'static str),
     /// Shown beside the anchor, and no more.
@@ -141,22 +145,24 @@ impl Figures {
             let against = format!("{ratio:.2} × {anchor} ({low:.2} to {high:.2})");
             (ratio, against)
         };
+        let factor = |bound: f64, sign| {
+            let (ratio, against) = times();
+            let bound_text = format!("{bound:.2}");
+            let bound_text = bound_text.strip_suffix('0').unwrap_or(&bound_text);
+            Judged {
+                against,
+                goal: format!("{sign} {bound_text} × {anchor}"),
+                reached: Some(goal.is_reached_by(ratio)),
+            }
+        };
         match goal {
             Goal::AtMost(bound) => Judged {
                 against: String::new(),
                 goal: format!("≤ {}", series.unit.show(bound)),
                 reached: Some(median(&series.samples) <= bound),
             },
-            Goal::Times(bound, _) => {
-                let (ratio, against) = times();
-                let bound_text = format!("{bound:.2}");
-                let bound_text = bound_text.strip_suffix('0').unwrap_or(&bound_text);
-                Judged {
-                    against,
-                    goal: format!("≤ {bound_text} × {anchor}"),
-                    reached: Some(ratio <= bound),
-                }
-            }
+            Goal::Times(bound, _) => factor(bound, "≤"),
+            Goal::AtLeast(bound, _) => factor(bound, "≥"),
             Goal::Plus(bound, _) => {
                 let (more, (low, high)) = pairs(|a, b| a - b);
                 Judged {
@@ -217,7 +223,19 @@ impl Goal {
     fn anchor(self) -> &'static str {
         match self {
             Self::AtMost(_) => "",
-            Self::Times(_, anchor) | Self::Plus(_, anchor) | Self::Beside(anchor) => anchor,
+            Self::Times(_, anchor)
+            | Self::AtLeast(_, anchor)
+            | Self::Plus(_, anchor)
+            | Self::Beside(anchor) => anchor,
+        }
+    }
+
+    /// Whether a figure that is so many times the anchor is what is wanted, where a factor says that.
+    fn is_reached_by(self, ratio: f64) -> bool {
+        match self {
+            Self::Times(bound, _) => ratio <= bound,
+            Self::AtLeast(bound, _) => ratio >= bound,
+            Self::AtMost(_) | Self::Plus(..) | Self::Beside(_) => false,
         }
     }
 }
@@ -231,6 +249,7 @@ impl Unit {
             Self::Megabytes => format!("{sample:.1} MB"),
             Self::Bytes => format!("{sample:.0} B"),
             Self::SecondsPerGb => format!("{sample:.3} s/GB"),
+            Self::Ratio => format!("{sample:.2}"),
         }
     }
 
@@ -242,6 +261,7 @@ impl Unit {
             Self::Megabytes => "MB",
             Self::Bytes => "B",
             Self::SecondsPerGb => "s/GB",
+            Self::Ratio => "ratio",
         }
     }
 }

@@ -11,7 +11,8 @@ struct Bar {
     ratio: f64,
     /// Between which half of the pairs lie.
     spread: (f64, f64),
-    goal: Option<f64>,
+    /// A factor, if there is one.
+    goal: Option<Goal>,
     /// Both medians: in a line of their own each where one line has no room for them.
     values: Vec<String>,
 }
@@ -52,7 +53,7 @@ impl Figures {
 
     fn bar(&self, series: &Series) -> Option<Bar> {
         let (anchor, goal) = series.goals.iter().find_map(|goal| match goal {
-            Goal::Times(bound, anchor) => Some((*anchor, Some(*bound))),
+            Goal::Times(_, anchor) | Goal::AtLeast(_, anchor) => Some((*anchor, Some(*goal))),
             Goal::Beside(anchor) => Some((*anchor, None)),
             Goal::AtMost(_) | Goal::Plus(..) => None,
         })?;
@@ -95,10 +96,19 @@ impl Bar {
         (LINE * lines as f64 + 12.0).max(ROW_MIN)
     }
 
+    /// Where the goal's mark stands, and on which side of it the bar is to end.
+    fn mark(&self) -> Option<(&'static str, f64)> {
+        match self.goal? {
+            Goal::Times(bound, _) => Some(("≤", bound)),
+            Goal::AtLeast(bound, _) => Some(("≥", bound)),
+            Goal::AtMost(_) | Goal::Plus(..) | Goal::Beside(_) => None,
+        }
+    }
+
     fn draw(&self, svg: &mut String, y: f64, scale: f64, longest: f64) {
         let width = |ratio: f64| ratio.min(longest) * scale;
         let class = match self.goal {
-            Some(goal) if self.ratio <= goal => "good",
+            Some(goal) if goal.is_reached_by(self.ratio) => "good",
             Some(_) => "bad",
             None => "plain",
         };
@@ -120,7 +130,7 @@ impl Bar {
             LEFT + width(self.spread.1),
         );
         let mut end = width(self.ratio.max(self.spread.1));
-        if let Some(goal) = self.goal {
+        if let Some((_, goal)) = self.mark() {
             let x = LEFT + width(goal);
             _ = writeln!(svg, r##"<path d="M{x:.1} {y:.1} v28" class="goal"/>"##);
             end = end.max(width(goal));
@@ -130,8 +140,8 @@ impl Bar {
         if end < scale && end + number_width > scale {
             end = scale;
         }
-        let goal = self.goal.map_or_else(String::new, |goal| {
-            format!(r##"<tspan class="goaltext" font-weight="normal">  ≤ {goal:.2}</tspan>"##)
+        let goal = self.mark().map_or_else(String::new, |(sign, goal)| {
+            format!(r##"<tspan class="goaltext" font-weight="normal">  {sign} {goal:.2}</tspan>"##)
         });
         _ = writeln!(
             svg,

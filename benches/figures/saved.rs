@@ -3,7 +3,7 @@
 //! ```text
 //! about    what ran, in words
 //! figures  [{ what, client, via, unit, median, samples, goals }]
-//!   goals  [{ kind: "at-most" | "times" | "plus" | "beside", bound, anchor, against, goal, verdict }]
+//!   goals  [{ kind: "at-most" | "times" | "at-least" | "plus" | "beside", bound, anchor, against, goal, verdict }]
 //! ```
 
 use serde_json::{Value, json};
@@ -19,6 +19,7 @@ impl Figures {
                 let (kind, bound) = match goal {
                     Goal::AtMost(bound) => ("at-most", Some(bound)),
                     Goal::Times(bound, _) => ("times", Some(bound)),
+                    Goal::AtLeast(bound, _) => ("at-least", Some(bound)),
                     Goal::Plus(bound, _) => ("plus", Some(bound)),
                     Goal::Beside(_) => ("beside", None),
                 };
@@ -56,6 +57,7 @@ impl Figures {
                 match goal["kind"].as_str()? {
                     "at-most" => Some(Goal::AtMost(bound()?)),
                     "times" => Some(Goal::Times(bound()?, anchor()?)),
+                    "at-least" => Some(Goal::AtLeast(bound()?, anchor()?)),
                     "plus" => Some(Goal::Plus(bound()?, anchor()?)),
                     "beside" => Some(Goal::Beside(anchor()?)),
                     _ => None,
@@ -85,6 +87,7 @@ impl Unit {
             Self::Megabytes,
             Self::Bytes,
             Self::SecondsPerGb,
+            Self::Ratio,
         ];
         all.into_iter().find(|unit| unit.name() == name)
     }

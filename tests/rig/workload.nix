@@ -42,6 +42,8 @@ rec {
 
   # The closure of dag is n + 1 paths.
   dag = make "dag" "mkdir $out; printf '%s\\n' $below > $out/below" { below = builtins.concatLists layers; };
+  # The same, but its top refers to the last layer alone: what is below is learnt layer by layer.
+  deep = make "deep" "mkdir $out; printf '%s\n' $below > $out/below" { below = builtins.elemAt layers (n / width - 1); };
   flat = make "flat" "printf '%s\\n' $parts > $out"
     { parts = list (i: make "flat-${toString i}" "noise ${kib} > $out" { }) n; };
   files = make "files" "mkdir $out; for i in $(seq ${toString n}); do echo $i $seed > $out/f$i; done" { };
