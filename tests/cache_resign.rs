@@ -229,7 +229,11 @@ fn sign_with(cache: &DiskCache, keys: &[SecretKey], believed: bool) {
             _ => panic!("a record has no signature of ours"),
         })
     };
-    cache.sign_with(public, Arc::new(sign));
+    cache.sign_with(public, trust(believed), Arc::new(sign));
+}
+
+fn trust(believed: bool) -> String {
+    format!("believed: {believed}")
 }
 
 async fn all_become_signed_by(dir: &Path, key: &SecretKey) {
@@ -237,7 +241,8 @@ async fn all_become_signed_by(dir: &Path, key: &SecretKey) {
     let is_right = |text: String| text.matches("Sig:").count() == 1 && text.contains(&line);
     wait("signing", || narinfos(dir).into_values().all(is_right)).await;
     let signed_by = dir.join(".muster/signed-by");
-    let noted = || fs::read_to_string(&signed_by).is_ok_and(|t| t == format!("{}\n", key.public()));
+    let mark = format!("{}\ntrust {}\n", key.public(), trust(true));
+    let noted = || fs::read_to_string(&signed_by).is_ok_and(|t| t == mark);
     wait("note of it", noted).await;
 }
 
@@ -277,15 +282,46 @@ async fn a_running_cache_signs_anew_what_it_has_and_what_is_on_its_way() {
 }
 
 #[tokio::test]
-async fn a_running_cache_signs_nothing_that_is_not_believed_until_it_is() {
+async fn what_is_not_believed_any_more_loses_its_signatures_until_it_is() {
     let dir = tempfile::tempdir().unwrap();
     let cache = DiskCache::open(dir.path(), options(1 << 30));
-    keep(&cache, 0..3).await;
+    sign_with(&cache, &[key()], true);
+    keep(&cache, 0..150).await;
+    all_become_signed_by(dir.path(), &key()).await;
     let before = narinfos(dir.path());
+    let (info, nar) = path(999, 10);
+    let mut under_way = cache.begin(info.nar_size).unwrap();
+    let file = zstd::encode_all(nar.as_slice(), 1).unwrap();
+    under_way.write(&file).unwrap();
+
+    // The keys are the same, the trust is not.
+    sign_with(&cache, &[key()], false);
+    let unsigned = || {
+        narinfos(dir.path())
+            .into_values()
+            .all(|text| !text.contains("Sig:"))
+    };
+    wait("loss of the signatures", unsigned).await;
+    let text = |file: &_| narinfo(&info, file);
+    under_way
+        .commit(info.clone(), vec![ground()], text)
+        .await
+        .unwrap();
+    assert!(unsigned() && narinfos(dir.path()).len() == 151);
+    assert!(!dir.path().join(".muster/signed-by").exists());
+    cache.stop().await;
+
+    // Nothing else is lost, over a restart too.
+    let cache = DiskCache::open(dir.path(), options(1 << 30));
+    sign_with(&cache, &[key()], false);
     settle(&cache).await;
-    sign_with(&cache, &[new_key()], false);
-    tokio::time::sleep(std::time::Duration::from_millis(500)).await;
-    assert_eq!(narinfos(dir.path()), before);
-    sign_with(&cache, &[new_key()], true);
-    all_become_signed_by(dir.path(), &new_key()).await;
+    assert_eq!(cache.stats().entries, 151);
+    assert!(unsigned());
+    let record = cache.look_up(info.path.hash()).unwrap();
+    assert_eq!(record.grounds, [ground()]);
+    assert_eq!(read(&cache, &record), Some(nar));
+    sign_with(&cache, &[key()], true);
+    all_become_signed_by(dir.path(), &key()).await;
+    let after = narinfos(dir.path());
+    assert!(before.iter().all(|(name, text)| after[name] == *text));
 }

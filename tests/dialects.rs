@@ -1,9 +1,17 @@
 //! What other servers say of a path: each reads into what is meant, and each URL leads where it should.
 
+mod cache_server;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use cache_server::{Asking, CacheServer, compress};
+use futures_util::TryStreamExt as _;
+use muster::nix::hash::NarHash;
 use muster::nix::narinfo::{Compression, NarInfo};
 use muster::nix::path_info::Trust;
 use muster::nix::signature::PublicKey;
 use muster::nix::store_path::StoreDir;
+use muster::upstream::Upstream as _;
 use muster::upstream::dialect::read_narinfo;
 use muster::upstream::http_url::CacheUrl;
 
@@ -144,6 +152,63 @@ fn each_url_leads_where_it_should() {
         let read = read_narinfo(text.as_bytes(), &StoreDir::default()).unwrap();
         let uri = server.resolve(&read.url, &[]).unwrap();
         assert_eq!(uri.to_string(), expected, "{name}");
+    }
+}
+
+/// The same text, of a NAR that we have, as a server at `origin` says it; each hash in its own form.
+fn of_our_nar(text: &str, nar: &[u8], origin: &str) -> String {
+    let hash = NarHash::of(nar);
+    let mut ours = String::new();
+    for line in text.split_inclusive('\n') {
+        let end = &line[line.trim_end().len()..];
+        match line.trim_end().split_once(": ") {
+            Some(("NarHash", said)) => {
+                let hash = match said {
+                    sri if sri.starts_with("sha256-") => {
+                        format!("sha256-{}", STANDARD.encode(hash.0))
+                    }
+                    hex if hex.len() == "sha256:".len() + 64 => {
+                        format!("sha256:{}", muster::nix::hash::encode_hex(&hash.0))
+                    }
+                    _ => hash.to_string(),
+                };
+                ours.push_str(&format!("NarHash: {hash}{end}"));
+            }
+            Some(("NarSize", _)) => ours.push_str(&format!("NarSize: {}{end}", nar.len())),
+            Some(("URL", url)) => {
+                let url = url.replace("https://cache.example.org", origin);
+                ours.push_str(&format!("URL: {url}{end}"));
+            }
+            _ => ours.push_str(line),
+        }
+    }
+    ours
+}
+
+#[tokio::test]
+async fn each_nar_is_had_where_its_url_leads() {
+    let meant = NarInfo::parse(MEANT, &StoreDir::default()).unwrap().info;
+    let mut random = fastrand::Rng::with_seed(5);
+    let nar: Vec<u8> = std::iter::repeat_with(|| random.u8(..))
+        .take(70_000)
+        .collect();
+    for (name, text, compression, url) in DIALECTS {
+        let server = CacheServer::new();
+        let at = format!("{}/some/cache", server.url());
+        let text = of_our_nar(text, &nar, &server.url());
+        let target = url.replace("https://cache.example.org", "");
+        server.put("/some/cache/nix-cache-info", "StoreDir: /nix/store\n");
+        server.put(&format!("/some/cache/{}.narinfo", meant.path.hash()), text);
+        server.put(&target, compress(compression, &nar));
+
+        let cache = Asking::at(&at).start();
+        let info = cache.path_info(meant.path.hash()).await.unwrap().unwrap();
+        assert_eq!(info.path, meant.path, "{name}");
+        assert_eq!(info.nar_hash, NarHash::of(&nar), "{name}");
+        let chunks = cache.nar(&info).await.unwrap().unwrap();
+        let read: Vec<_> = chunks.try_collect().await.unwrap();
+        assert!(read.concat() == nar, "{name}");
+        assert_eq!(server.times_asked(&target), 1, "{name}");
     }
 }
 

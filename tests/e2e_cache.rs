@@ -345,6 +345,16 @@ fn trust_withdrawn_in_the_configuration_ends_what_rested_on_it() {
     fetch(&client, &b1, &paths, &muster);
     muster.await_kept(&paths);
     let url = muster.narinfo(&only).field("URL").expect("a URL");
+    // Whether who reads the folder without Muster believes a path.
+    let key = muster.key();
+    let believed = |path: &str| {
+        let line = format!(
+            "nix store verify --sigs-needed 1 --store file://{FOLDER} \
+             --option trusted-public-keys '{key}' {path}"
+        );
+        client.run(&line).rc == 0
+    };
+    assert!(believed(&only) && believed(&both));
 
     client.run("cp /etc/one.toml /etc/muster.toml").ok();
     muster.signal(Signal::HUP);
@@ -354,6 +364,12 @@ fn trust_withdrawn_in_the_configuration_ends_what_rested_on_it() {
         assert_eq!(gone, 404, "start {again}\n{}", muster.log());
         assert_eq!(muster.get(&format!("/{url}")).status, 404, "start {again}");
         assert_eq!(muster.narinfo(&both).status, 200, "{}", muster.log());
+        let unsigned = eventually(20.0, || !believed(&only));
+        assert!(
+            unsigned && believed(&both),
+            "start {again}\n{}",
+            muster.log()
+        );
         muster.stop();
         muster = serve();
     }
@@ -363,6 +379,7 @@ fn trust_withdrawn_in_the_configuration_ends_what_rested_on_it() {
     let mut muster = serve();
     assert!(muster.names_a_file(&only), "{}", muster.log());
     assert_eq!(muster.get(&format!("/{url}")).status, 200);
+    assert!(eventually(20.0, || believed(&only)), "{}", muster.log());
 }
 
 /// The folder in Muster's place.

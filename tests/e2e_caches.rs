@@ -378,6 +378,40 @@ fn a_cache_behind_tls_is_judged_by_the_systems_own_certificates() {
     }
 }
 
+#[test]
+fn plain_http_needs_no_certificates() {
+    let lab = Lab::new();
+    let store = store(&lab);
+    let key = store.signs_as("store-1");
+    let path = store.build_one("dag", "--arg n 20");
+    copy(&store, "zstd", std::slice::from_ref(&path));
+    let _nginx = nginx(&store);
+    let client = lab.client(&[]);
+    client
+        .run("rm -rf /etc/ssl/certs && mkdir -p /etc/ssl/certs")
+        .ok();
+    let args = [
+        "http://store/zstd",
+        "http://store/slow/zstd",
+        "https://store/zstd",
+    ]
+    .map(|cache| format!("--upstream '{cache}?trusted-public-keys={key}'"))
+    .join(" ");
+    let muster = Muster::serve(&client, &args);
+    client.substitutes_from(&muster);
+    fetch(&client, &store, &path, &muster);
+    let status = client.run(&format!("muster status --url {}", muster.url()));
+    assert!(status.out.contains("http://store/zstd"), "{status}");
+    // Said once, and a cache that needs them is left out.
+    let told = muster.log().matches("no certificates").count();
+    assert_eq!(told, 1, "{}", muster.log());
+    assert!(
+        muster.log().contains("upstream left out"),
+        "{}",
+        muster.log()
+    );
+}
+
 const NGINX: &str = "\
 server {
     listen 80;

@@ -588,6 +588,31 @@ async fn what_must_not_pass_is_encoded_here() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_cache_of_xz_that_breaks_once_is_asked_once_more() {
+    for size in SIZES {
+        let (server, nar) = (CacheServer::new(), noise(size));
+        let (info, target) = server.add("path", &nar, Compression::Xz);
+        let half = server.file(&target).len() / 2;
+        for encoding in [Encoding::None, Encoding::Zstd] {
+            for fault in [Fault::Reset, Fault::Cut(half), Fault::CutChunked(half)] {
+                let cache: Arc<dyn Upstream> = Arc::new(Asking::at(&server.url()).start());
+                let run = Running::over(&info, vec![cache], encoding, None).await;
+                let before = server.times_asked(&target);
+                server.fault_once(&target, fault.clone());
+                let answer = run.get().await;
+                assert_eq!((answer.status, answer.cut), (200, false), "{fault:?}");
+                let body = match run.target.ends_with(".zst") {
+                    true => zstd::decode_all(&answer.body[..]).unwrap(),
+                    false => answer.body,
+                };
+                assert!(body == nar, "{fault:?}");
+                assert_eq!(server.times_asked(&target) - before, 2, "{fault:?}");
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_large_file_is_not_passed_where_a_builder_that_was_not_asked_has_it() {
     let case = Case::new(LARGE, 1, Says::All);
     let cache: Arc<dyn Upstream> = Arc::new(Asking::at(&case.servers[0].url()).start());

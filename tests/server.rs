@@ -184,16 +184,57 @@ async fn a_transfer_outlives_its_builder() {
             b.add(&info, &nar);
             *b.delay.lock().unwrap() = Duration::from_millis(20);
             *a.nar_script.lock().unwrap() = script.clone();
-            let served = serve(substituter(&[a, Arc::clone(&b)])).await;
+            let served = serve(substituter(&[Arc::clone(&a), Arc::clone(&b)])).await;
             let target = nar_target(&get(served.address, &narinfo_target(&info)).await);
             let answer = get(served.address, &format!("{target}{suffix}")).await;
             assert_eq!((answer.status, answer.cut), (200, false), "{script:?}");
+            assert_eq!(a.nars.load(Ordering::Relaxed), 1, "the other comes first");
             let body = match suffix {
                 "" => answer.body,
                 _ => zstd::decode_all(&answer.body[..]).unwrap(),
             };
             assert!(body == nar[..], "{script:?}");
             assert_eq!(b.nars.load(Ordering::Relaxed), 1);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_last_holder_that_broke_once_is_asked_once_more() {
+    for (size, at) in [
+        (1000, 0),
+        (1000, 500),
+        (LARGE_BYTES, 0),
+        (LARGE_BYTES, 3_000_000),
+    ] {
+        for script in [
+            NarScript::BreakOnceAt(at),
+            NarScript::StallOnceAt(at),
+            NarScript::BreakAt(at),
+            NarScript::StallAt(at),
+        ] {
+            for suffix in ["", ".zst"] {
+                let what = format!("{script:?} of {size}, {suffix:?}");
+                let a = Scripted::new("a");
+                let (info, nar) = path(1, size, &[]);
+                a.add(&info, &nar);
+                *a.nar_script.lock().unwrap() = script.clone();
+                let served = serve(substituter(&[Arc::clone(&a)])).await;
+                let target = nar_target(&get(served.address, &narinfo_target(&info)).await);
+                let answer = get(served.address, &format!("{target}{suffix}")).await;
+                assert_eq!(a.nars.load(Ordering::Relaxed), 2, "{what}");
+                if matches!(script, NarScript::BreakAt(_) | NarScript::StallAt(_)) {
+                    // For good; once more is all.
+                    assert!(answer.cut || answer.status == 404, "{what}");
+                    continue;
+                }
+                assert_eq!((answer.status, answer.cut), (200, false), "{what}");
+                let body = match suffix {
+                    "" => answer.body,
+                    _ => zstd::decode_all(&answer.body[..]).unwrap(),
+                };
+                assert!(body == nar[..], "{what}");
+            }
         }
     }
 }

@@ -1,10 +1,12 @@
 //! From a configured binary cache to one that is asked: credentials and certificates are read here.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context as _, bail};
 use rustls::ClientConfig;
+use tracing::warn;
 
 use crate::codec::decompress::Decoder;
 use crate::config::{self, Config};
@@ -17,15 +19,17 @@ use crate::upstream::cache_http::CacheHttp;
 use crate::upstream::catalog_feed::FeedOptions;
 use crate::upstream::http_client::{Access, Got, HttpClient, HttpOptions};
 use crate::upstream::http_credentials::Credentials;
-use crate::upstream::http_tls::tls;
-use crate::upstream::http_url::CacheUrl;
+use crate::upstream::http_tls::{tls, tls_without_certificates};
+use crate::upstream::http_url::{CacheUrl, Scheme};
 
 /// What all binary caches share.
 #[derive(Default)]
 pub(super) struct BinaryCaches {
     decoder: Decoder,
-    /// Read when the first cache over HTTP starts.
+    /// Read when the first cache over HTTP starts; again with the next one where that failed.
     tls: OnceLock<Arc<ClientConfig>>,
+    /// Whether it was said that there are no certificates.
+    warned: AtomicBool,
 }
 
 impl BinaryCaches {
@@ -93,8 +97,25 @@ impl BinaryCaches {
             silence: upstream.query_timeout,
             ..HttpOptions::default()
         };
-        let client = HttpClient::new(cache, self.tls()?, access, options.clone());
+        let tls = self.tls_for(cache.scheme())?;
+        let client = HttpClient::new(cache, tls, access, options.clone());
         Ok((client, options))
+    }
+
+    /// Plain HTTP needs no certificates, but for a redirect to HTTPS: what has none is a minimal machine or container.
+    fn tls_for(&self, scheme: Scheme) -> anyhow::Result<Arc<ClientConfig>> {
+        let error = match (self.tls(), scheme) {
+            (Err(error), Scheme::Http) => error,
+            (tls, _) => return tls,
+        };
+        if !self.warned.swap(true, Ordering::Relaxed) {
+            let error = format!("{error:#}");
+            warn!(
+                error,
+                "no certificates: caches are asked over plain http alone"
+            );
+        }
+        Ok(tls_without_certificates()?)
     }
 
     fn tls(&self) -> anyhow::Result<Arc<ClientConfig>> {

@@ -88,7 +88,7 @@ pub struct Stats {
 }
 
 /// Says with which signatures a path is to be shown to those who read what is kept without muster,
-/// beside the foreign ones; `None`: it is not vouched for today, and is left as it is.
+/// beside the foreign ones; `None`: it is not vouched for today, and is to be shown without any of ours.
 pub type Sign<'a> = dyn Fn(&Record) -> Option<Vec<Signature>> + Send + Sync + 'a;
 
 /// Why a backend cannot do it now; whoever serves goes on without.
@@ -153,9 +153,10 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Takes over which keys sign now, at the start and when they or the trust in upstreams change.
     ///
-    /// `keys` are those that entries are known by where only their narinfo is left; in the background
-    /// each narinfo that others may read gets the signatures that `sign` makes.
-    fn sign_with(&self, keys: Vec<PublicKey>, sign: Arc<Sign<'static>>);
+    /// `keys` are those that entries are known by where only their narinfo is left, and `trust` is a line that
+    /// is another one whenever others are believed; in the background each narinfo that others may read gets
+    /// the signatures that `sign` makes, or loses ours.
+    fn sign_with(&self, keys: Vec<PublicKey>, trust: String, sign: Arc<Sign<'static>>);
 
     /// Forgets a path, its NAR too, in the background.
     fn forget(&self, hash: StorePathHash);

@@ -104,7 +104,7 @@ impl Backend for MemoryBackend {
     }
 
     /// Nobody else reads what is kept here.
-    fn sign_with(&self, _: Vec<PublicKey>, _: Arc<Sign<'static>>) {}
+    fn sign_with(&self, _: Vec<PublicKey>, _: String, _: Arc<Sign<'static>>) {}
 
     fn forget(&self, hash: StorePathHash) {
         self.lock().remove(hash);

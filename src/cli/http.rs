@@ -15,7 +15,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::net::UnixStream;
 
 use crate::config::ListenAddress;
-use crate::upstream::http_tls::tls;
+use crate::upstream::http_tls::{tls, tls_without_certificates};
 
 /// Where a server is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -93,7 +93,10 @@ impl Server {
             Self::Url(url) => {
                 // As Nix has it; see `upstream::http_client`.
                 let file = std::env::var_os("NIX_SSL_CERT_FILE").filter(|file| !file.is_empty());
-                let tls = tls(file.as_deref().map(Path::new))?;
+                let tls = match tls(file.as_deref().map(Path::new)) {
+                    Err(_) if url.starts_with("http://") => tls_without_certificates()?,
+                    tls => tls?,
+                };
                 let https = HttpsConnectorBuilder::new()
                     .with_tls_config((*tls).clone())
                     .https_or_http()

@@ -10,7 +10,7 @@
 //!          decodes     memory at most
 //! zstd     2 GB/s      128 MiB (a window of 2^27, what `zstd --ultra -22` makes)
 //! xz       30-260 MB/s 128 MiB (`xz -9` asks for 65)
-//! gzip, br 300 MB/s    32 KiB, 16 MiB
+//! gzip, br 300 MB/s    32 KiB, 16 MiB (a window of 2^24, the widest of RFC 7932)
 //! bzip2    30 MB/s     4 MiB
 //! ```
 //!
@@ -121,6 +121,9 @@ impl Decompressor {
                     codec.reinit()?;
                     self.place = Place::Inside;
                 }
+                Place::Start if self.compression == Compression::Brotli && is_wide(input) => {
+                    return Err(invalid("it asks for too much memory"));
+                }
                 Place::Start => self.place = Place::Inside,
                 Place::Inside | Place::Padding => {}
             }
@@ -183,6 +186,18 @@ impl Decompressor {
 fn invalid(cause: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, cause)
 }
+
+/// Tells by its first byte whether a brotli stream is one of "large windows", of up to 1 GiB.
+///
+/// RFC 7932 has no such streams, but the decoder reads them and cannot be told not to.
+fn is_wide(stream: &[u8]) -> bool {
+    stream
+        .first()
+        .is_some_and(|first| first & 0x7f == BROTLI_LARGE_WINDOW)
+}
+
+/// What a brotli stream of RFC 7932 never begins with; the size of the window is in the next bits.
+const BROTLI_LARGE_WINDOW: u8 = 0b001_000_1;
 
 /// What `xz -9` makes can be read, and twice that; beyond it a few bytes could ask for gigabytes.
 const XZ_BYTES_MAX: u64 = 128 << 20;
@@ -403,6 +418,29 @@ mod tests {
         );
         assert!(decode(Compression::Zstd, &file(18), 1000, 100).is_err());
         assert!(decode(Compression::Zstd, &file(21), 1000, 100).is_err());
+    }
+
+    #[test]
+    fn a_greedy_brotli_is_refused() {
+        // What follows the window: a block of four bytes as they are, and the end.
+        let file = |window: u32, bits: u32| {
+            let head = u64::from(window) | 3 << (bits + 3) | 1 << (bits + 19);
+            let size = (bits + 20).div_ceil(8) as usize;
+            [&head.to_le_bytes()[..size], b"text", &[0b11]].concat()
+        };
+        // The widest that RFC 7932 has, 2^24, and two that are wider.
+        let ordinary = file(0b1111, 4);
+        assert_eq!(
+            decode(Compression::Brotli, &ordinary, 1000, 100).unwrap(),
+            b"text"
+        );
+        for exponent in [25, 30] {
+            let wide = file(0x11 | exponent << 8, 14);
+            for input in [1, 1000] {
+                let error = decode(Compression::Brotli, &wide, input, 100).unwrap_err();
+                assert!(error.to_string().contains("memory"), "{exponent} {error}");
+            }
+        }
     }
 
     proptest::proptest! {

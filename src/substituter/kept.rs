@@ -22,6 +22,7 @@ use crate::cache::memory::{Checked, Entry, Lookup, UpstreamId};
 use crate::cache::nar_name::NarName;
 use crate::cache::stamp::Content;
 use crate::codec::decompress::{DecodeError, Decoder};
+use crate::nix::hash::NarHash;
 use crate::nix::narinfo::Compression;
 use crate::nix::path_info::{PathInfo, Trust, Verified};
 use crate::nix::signature::SecretKey;
@@ -318,12 +319,22 @@ impl Shared {
 pub(super) fn sign(backend: &dyn Backend, setup: &Arc<Setup>) {
     let keys = setup.publisher.keys.iter().map(SecretKey::public);
     let keys = keys.collect();
+    let trust = trust(setup);
     let setup = Arc::clone(setup);
     let sign = move |record: &Record| {
         let (verified, _) = believed(&setup, record)?;
         Some(setup.publisher.signatures(&verified))
     };
-    backend.sign_with(keys, Arc::new(sign));
+    backend.sign_with(keys, trust, Arc::new(sign));
+}
+
+/// Stands for who is believed of what, in whatever order they are named.
+fn trust(setup: &Setup) -> String {
+    let believed =
+        |member: &Arc<Member>| format!("{} {:?}\n", member.upstream.name(), member.trust);
+    let mut lines: Vec<_> = setup.members.iter().map(believed).collect();
+    lines.sort_unstable();
+    NarHash::of(lines.concat().as_bytes()).to_base32()
 }
 
 /// Checks a record against the trust of today; who of the upstreams is believed to have it.

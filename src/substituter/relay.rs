@@ -15,6 +15,7 @@ use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
 use tokio::time::{sleep, timeout};
 
+use crate::cache::memory::UpstreamId;
 use crate::codec::digest::{self, DigestError};
 use crate::codec::held_tail::HeldTail;
 use crate::codec::keyed_sum::KeyedSum;
@@ -24,7 +25,7 @@ use crate::upstream::{self, NarStream, OpenedNar};
 use super::berth::Berth;
 use super::givers::{Given, Givers, Witness, accuse, lock};
 use super::member::Member;
-use super::source::Source;
+use super::source::{Source, is_of_connection};
 use super::transfer::Error;
 
 /// The bytes of one NAR, unchecked, from one holder after the other.
@@ -43,6 +44,8 @@ pub(super) struct Relay {
     skip: u64,
     /// Who was found not to repeat what was given.
     pub(super) differed: Vec<Arc<Member>>,
+    /// Who was silent for as long as a last holder may be: the second time it is not waited for that long.
+    hung: Vec<UpstreamId>,
     cause: upstream::Error,
 }
 
@@ -58,6 +61,7 @@ impl Relay {
             givers: Arc::default(),
             skip: 0,
             differed: Vec::new(),
+            hung: Vec::new(),
             cause: upstream::Error::Down("nobody has it".into()),
         }
     }
@@ -159,6 +163,10 @@ impl Relay {
                 question: "NAR",
                 after,
             };
+            let patience = match self.hung.contains(&member.id) {
+                true => stall,
+                false => stall_last,
+            };
             let error = tokio::select! {
                 biased;
                 item = nar.next() => match item {
@@ -174,7 +182,10 @@ impl Relay {
                     self.source.set_aside(member);
                     timed_out(stall)
                 }
-                () = sleep(stall_last) => timed_out(stall_last),
+                () = sleep(patience) => {
+                    self.hung.push(member.id);
+                    timed_out(patience)
+                }
             };
             self.drop_current(error);
         }
@@ -228,6 +239,9 @@ impl Relay {
         }
         if let Some((member, _)) = self.current.take() {
             self.source.broke(&member, self.tail.came(), &error);
+            if is_of_connection(&error) {
+                self.source.set_aside(&member);
+            }
         }
         self.cause = error;
     }

@@ -21,7 +21,7 @@ use super::nar_url::NarUrl;
 use super::query::{self, Answers, Wanted};
 use super::shared::Shared;
 
-/// The holders of one NAR, each given out once, and once more if it was only slow.
+/// The holders of one NAR, each given out once, and once more if it was only slow or its connection broke.
 pub(super) struct Source {
     pub(super) shared: Arc<Shared>,
     pub(super) info: Arc<PathInfo>,
@@ -30,7 +30,7 @@ pub(super) struct Source {
     /// Holders to be tried, the best first.
     waiting: VecDeque<Arc<Member>>,
     tried: Vec<UpstreamId>,
-    /// Holders that stalled while there was another.
+    /// Holders that stalled while there was another, or whose connection broke; each once.
     set_aside: Vec<Arc<Member>>,
     /// How many of those were tried again.
     tried_again: usize,
@@ -159,6 +159,9 @@ impl Source {
                 Err(error) => {
                     self.broke(&member, 0, &error);
                     self.doubt(&member);
+                    if matches!(error, upstream::Error::Lost(_)) {
+                        self.set_aside(&member);
+                    }
                 }
             }
         }
@@ -245,7 +248,7 @@ impl Source {
         }
     }
 
-    /// Lets a holder that stalls be tried once more when nobody else is left.
+    /// Lets a holder that stalls, or whose connection broke, be tried once more when nobody else is left.
     pub(super) fn set_aside(&mut self, member: &Arc<Member>) {
         if !self.set_aside.iter().any(|m| m.id == member.id) {
             self.set_aside.push(Arc::clone(member));
@@ -302,6 +305,14 @@ impl Source {
         let hash = self.info.path.hash();
         self.shared.is_distrusted(hash, member.id)
     }
+}
+
+/// Tells whether an error says something of a connection alone, so that the same holder may give the NAR over another.
+pub(super) fn is_of_connection(error: &upstream::Error) -> bool {
+    matches!(
+        error,
+        upstream::Error::Lost(_) | upstream::Error::TimedOut { .. }
+    )
 }
 
 /// Waits for the next that has this NAR.

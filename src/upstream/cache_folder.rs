@@ -116,10 +116,10 @@ impl CacheFiles for CacheFolder {
         offset: u64,
         _size: FileSize,
     ) -> Result<Option<FilePart>, Error> {
-        let path = self.root.join(place);
+        let (path, info) = (self.root.join(place), self.root.join(INFO));
         let open = move || {
             let Some(mut file) = open(&path)? else {
-                return Ok(None);
+                return info.metadata().map(|_| None);
             };
             file.seek(SeekFrom::Start(offset))?;
             Ok(Some(file))
@@ -189,3 +189,97 @@ const CHUNK_BYTES: usize = 256 << 10;
 
 /// Reads at the same time: enough to keep a disk busy, few of tokio's 512 threads.
 const THREADS_MAX: usize = 16;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn folder() -> (tempfile::TempDir, CacheFolder) {
+        let root = tempfile::tempdir().unwrap();
+        std::fs::create_dir(root.path().join("nar")).unwrap();
+        for (name, text) in [(INFO, "StoreDir: /nix/store\n"), ("nar/x.nar", "a NAR")] {
+            std::fs::write(root.path().join(name), text).unwrap();
+        }
+        let folder = CacheFolder::new(root.path(), Duration::from_secs(10));
+        (root, folder)
+    }
+
+    async fn nar(folder: &CacheFolder, name: &str, offset: u64) -> Result<Option<Vec<u8>>, Error> {
+        let opened = folder.open(name, offset, FileSize::Large).await?;
+        let Some(FilePart { bytes, .. }) = opened else {
+            return Ok(None);
+        };
+        let chunks: Vec<_> = bytes.collect().await;
+        let chunks: Result<Vec<_>, _> = chunks.into_iter().collect();
+        chunks.map(|chunks| Some(chunks.concat()))
+    }
+
+    #[test]
+    fn a_url_does_not_lead_out_of_the_folder() {
+        let (_root, folder) = folder();
+        for url in [
+            "../../etc/passwd",
+            "nar/../x",
+            "nar/..",
+            "..",
+            "./nix-cache-info",
+            "/etc/passwd",
+            "//etc/passwd",
+            "file:///etc/passwd",
+            "http://elsewhere/x.nar",
+            "nar/x\0.nar",
+        ] {
+            let error = folder.locate(url).unwrap_err();
+            assert!(matches!(error, Error::Unsupported(_)), "{url} {error}");
+        }
+        for url in ["nar/x.nar", "nar/x..nar", "x.nar.xz"] {
+            assert_eq!(folder.locate(url).unwrap(), url);
+        }
+    }
+
+    #[tokio::test]
+    async fn only_regular_files_are_read() {
+        let (root, folder) = folder();
+        let fifo = root.path().join("nar/fifo.nar");
+        let mode = rustix::fs::Mode::from_raw_mode(0o644);
+        rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, mode).unwrap();
+        std::fs::create_dir(root.path().join("nar/folder.nar")).unwrap();
+        for name in ["nar/fifo.nar", "nar/folder.nar", "nar", ""] {
+            assert!(nar(&folder, name, 0).await.is_err(), "{name:?}");
+            assert!(folder.read(name, 1000).await.is_err(), "{name:?}");
+        }
+        assert_eq!(
+            nar(&folder, "nar/x.nar", 0).await.unwrap().unwrap(),
+            b"a NAR"
+        );
+        assert_eq!(nar(&folder, "nar/x.nar", 2).await.unwrap().unwrap(), b"NAR");
+        assert_eq!(nar(&folder, "nar/x.nar", 9).await.unwrap().unwrap(), b"");
+        assert_eq!(nar(&folder, "nar/absent.nar", 0).await.unwrap(), None);
+        // A file is no folder of further ones.
+        assert_eq!(nar(&folder, "nar/x.nar/y", 0).await.unwrap(), None);
+    }
+
+    #[tokio::test]
+    async fn a_file_is_read_up_to_its_bound() {
+        let (root, folder) = folder();
+        std::fs::write(root.path().join("x.narinfo"), [b'x'; 1001]).unwrap();
+        assert!(folder.read("x.narinfo", 1001).await.unwrap().is_some());
+        assert!(folder.read("x.narinfo", 1000).await.is_err());
+        std::fs::write(root.path().join(INFO), vec![b'x'; INFO_BYTES_MAX + 1]).unwrap();
+        assert!(folder.greet().await.is_err());
+    }
+
+    /// As when what was mounted there went: nothing is known, and nothing is gone.
+    #[tokio::test]
+    async fn without_its_info_a_folder_cannot_be_asked() {
+        let (root, folder) = folder();
+        assert!(folder.read("x.narinfo", 1000).await.unwrap().is_none());
+        std::fs::remove_file(root.path().join(INFO)).unwrap();
+        assert!(folder.greet().await.is_err());
+        assert!(folder.read("x.narinfo", 1000).await.is_err());
+        assert!(nar(&folder, "nar/absent.nar", 0).await.is_err());
+        drop(root);
+        assert!(folder.read("x.narinfo", 1000).await.is_err());
+        assert!(nar(&folder, "nar/x.nar", 0).await.is_err());
+    }
+}

@@ -6,17 +6,14 @@ use std::sync::Arc;
 use hyper_rustls::ConfigBuilderExt as _;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
-use rustls::{ClientConfig, RootCertStore};
+use rustls::{ClientConfig, ConfigBuilder, RootCertStore, WantsVerifier};
 
 /// Reads the certificates that servers are judged by.
 ///
 /// A file (`NIX_SSL_CERT_FILE`, as Nix has it) is all there is; without one it is the system's, or what
 /// `SSL_CERT_FILE` and `SSL_CERT_DIR` name.
 pub fn tls(file: Option<&Path>) -> Result<Arc<ClientConfig>, TlsError> {
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let builder = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(|error| TlsError::Setup(error.to_string()))?;
+    let builder = builder()?;
     let Some(file) = file else {
         let builder = builder.with_native_roots().map_err(TlsError::System)?;
         return Ok(Arc::new(builder.with_no_client_auth()));
@@ -37,6 +34,19 @@ pub fn tls(file: Option<&Path>) -> Result<Arc<ClientConfig>, TlsError> {
     Ok(Arc::new(
         builder.with_root_certificates(roots).with_no_client_auth(),
     ))
+}
+
+/// Judges every server to be a stranger: for plain HTTP on a machine that has no certificates.
+pub fn tls_without_certificates() -> Result<Arc<ClientConfig>, TlsError> {
+    let builder = builder()?.with_root_certificates(RootCertStore::empty());
+    Ok(Arc::new(builder.with_no_client_auth()))
+}
+
+fn builder() -> Result<ConfigBuilder<ClientConfig, WantsVerifier>, TlsError> {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(|error| TlsError::Setup(error.to_string()))
 }
 
 /// Why no server can be judged.

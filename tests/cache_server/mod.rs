@@ -439,6 +439,8 @@ pub fn compress(compression: Compression, nar: &[u8]) -> Vec<u8> {
         Compression::Zstd => &["zstd", "-c"],
         Compression::Bzip2 => &["bzip2", "-c"],
         Compression::Gzip => &["gzip", "-c"],
+        // Its program is not everywhere.
+        Compression::Brotli => return brotli(nar),
         other => panic!("{other:?} is not written here"),
     };
     let mut child = std::process::Command::new(program[0])
@@ -453,6 +455,24 @@ pub fn compress(compression: Compression, nar: &[u8]) -> Vec<u8> {
     let output = child.wait_with_output().unwrap();
     writer.join().unwrap().unwrap();
     output.stdout
+}
+
+fn brotli(nar: &[u8]) -> Vec<u8> {
+    use async_compression::codecs::EncodeV2 as _;
+    use async_compression::core::util::{PartialBuffer, WriteBuffer};
+    let fastest = async_compression::brotli::EncoderParams::default()
+        .quality(async_compression::Level::Fastest);
+    let mut encoder = async_compression::codecs::brotli::BrotliEncoder::new(fastest);
+    let mut all = vec![0; nar.len() + 10_000];
+    let mut room = WriteBuffer::new_initialized(&mut all);
+    let mut input = PartialBuffer::new(nar);
+    while !input.unwritten().is_empty() {
+        encoder.encode(&mut input, &mut room).unwrap();
+    }
+    while !encoder.finish(&mut room).unwrap() {}
+    let size = room.written_len();
+    all.truncate(size);
+    all
 }
 
 pub fn info_of(name: &str, nar: &[u8]) -> PathInfo {

@@ -59,8 +59,12 @@ pub enum NarScript {
     Whole,
     /// Gives the first bytes and then an error.
     BreakAt(usize),
+    /// The same once, and then gives it.
+    BreakOnceAt(usize),
     /// Gives the first bytes and then nothing.
     StallAt(usize),
+    /// The same once, and then gives it.
+    StallOnceAt(usize),
     /// Gives it with its last byte flipped.
     FlipLast,
     /// Gives it with this byte flipped.
@@ -227,7 +231,15 @@ impl Upstream for Scripted {
         let Some((_, nar)) = known else {
             return Ok(None);
         };
-        let script = self.nar_script.lock().unwrap().clone();
+        let script = {
+            let mut script = self.nar_script.lock().unwrap();
+            match &*script {
+                NarScript::BreakOnceAt(_) | NarScript::StallOnceAt(_) => {
+                    std::mem::take(&mut *script)
+                }
+                lasting => lasting.clone(),
+            }
+        };
         let turns = self.nars_max.lock().unwrap().clone();
         let turn = match turns {
             Some(turns) => Some(turns.acquire_owned().await.unwrap()),
@@ -249,7 +261,7 @@ impl Upstream for Scripted {
                 };
                 Some(stream::iter(chunks(&nar)).inspect(held).boxed())
             }
-            NarScript::BreakAt(at) => {
+            NarScript::BreakAt(at) | NarScript::BreakOnceAt(at) => {
                 let mut items = chunks(&nar[..at.min(nar.len())]);
                 items.push(Err(broken()));
                 Some(stream::iter(items).boxed())
@@ -272,7 +284,7 @@ impl Upstream for Scripted {
                 items.push(Err(Error::Written("a file".into())));
                 Some(stream::iter(items).boxed())
             }
-            NarScript::StallAt(at) => {
+            NarScript::StallAt(at) | NarScript::StallOnceAt(at) => {
                 let items = chunks(&nar[..at.min(nar.len())]);
                 Some(stream::iter(items).chain(stream::pending()).boxed())
             }

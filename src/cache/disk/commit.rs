@@ -75,10 +75,11 @@ pub fn commit(shared: &Shared, index: Option<&Index>, commits: Vec<Commit>) {
     list(shared, index, named, joined);
 }
 
-/// Has a fill that began before the keys changed carry the signatures of today.
+/// Has a fill that began before the keys or the trust changed carry the signatures of today, if any.
 fn sign_anew(shared: &Shared, commit: &mut Commit) {
     let changed = shared.signing().filter(|signing| signing.generation > 1);
-    if let Some(made) = changed.and_then(|signing| (signing.sign)(&commit.record)) {
+    if let Some(signing) = changed {
+        let made = (signing.sign)(&commit.record).unwrap_or_default();
         let signed = resign::signed(&commit.record, made);
         commit.narinfo = text::of_record(&signed, &shared.options.store_dir);
     }

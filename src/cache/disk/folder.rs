@@ -26,7 +26,6 @@ use rustix::fs::{FlockOperation, Mode, OFlags};
 use super::super::nar_name::NarName;
 use super::owner;
 use crate::nix::cache_info::CacheInfo;
-use crate::nix::signature::PublicKey;
 use crate::nix::store_path::StorePathHash;
 
 /// The places in one folder.
@@ -258,19 +257,19 @@ impl Folder {
         Ok(found.f_bavail.saturating_mul(found.f_frsize))
     }
 
-    /// Tells whether all narinfos are known to carry signatures by just these keys.
-    pub fn is_signed_by(&self, keys: &[PublicKey]) -> bool {
-        fs::read(self.signed_by()).is_ok_and(|found| found == lines(keys).as_bytes())
+    /// Tells whether all narinfos are known to carry just the signatures that this stands for.
+    pub fn is_signed_by(&self, mark: &str) -> bool {
+        fs::read(self.signed_by()).is_ok_and(|found| found == mark.as_bytes())
     }
 
-    /// Notes by which keys all narinfos are signed; `None`: that is not so at present.
-    pub fn note_signed_by(&self, keys: Option<&[PublicKey]>) -> io::Result<()> {
+    /// Notes what stands for the signatures of all narinfos; `None`: nothing does at present.
+    pub fn note_signed_by(&self, mark: Option<&str>) -> io::Result<()> {
         let path = self.signed_by();
-        let Some(keys) = keys else {
+        let Some(mark) = mark else {
             return remove(&path);
         };
         let (temp, mut file) = self.create_temp("keys")?;
-        file.write_all(lines(keys).as_bytes())?;
+        file.write_all(mark.as_bytes())?;
         file.sync_data()?;
         temp.rename(&path)
     }
@@ -358,13 +357,6 @@ impl Drop for Temp {
 fn refused(path: &Path, source: io::Error) -> FolderError {
     let path = path.to_owned();
     FolderError::Io { path, source }
-}
-
-/// One key a line, in an order that does not depend on the configuration's.
-fn lines(keys: &[PublicKey]) -> String {
-    let mut lines: Vec<_> = keys.iter().map(|key| format!("{key}\n")).collect();
-    lines.sort_unstable();
-    lines.concat()
 }
 
 /// Takes the lock, with patience for somebody who only looks whether it is taken.

@@ -189,8 +189,8 @@ impl Backend for DiskCache {
         }
     }
 
-    fn sign_with(&self, keys: Vec<PublicKey>, sign: Arc<Sign<'static>>) {
-        self.shared.sign_with(keys, sign);
+    fn sign_with(&self, keys: Vec<PublicKey>, trust: String, sign: Arc<Sign<'static>>) {
+        self.shared.sign_with(keys, trust, sign);
         signing::start(&self.shared);
     }
 

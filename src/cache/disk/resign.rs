@@ -1,5 +1,5 @@
-//! Narinfos in the folder written anew after the keys have changed, so that whoever reads the folder
-//! without muster finds signatures by the keys of today.
+//! Narinfos in the folder written anew after the keys or the trust have changed, so that whoever reads the folder
+//! without muster finds signatures by the keys of today, and none of ours where nobody vouches for a path any more.
 //!
 //! ```text
 //! record (of the index, or a narinfo that still counts) -> temp files -> sync -> rename -> sync
@@ -28,10 +28,19 @@ pub struct Tally {
     pub signed: u64,
     /// Narinfos that carry the right signatures already, or need none.
     pub current: u64,
-    /// Narinfos that nobody vouches for today; they are left as they are.
+    /// Narinfos that nobody vouches for today, see [`Unvouched`].
     pub refused: u64,
     /// Narinfos of others, and such as went meanwhile; they are left alone.
     pub foreign: u64,
+}
+
+/// What becomes of narinfos that nobody vouches for today.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unvouched {
+    /// They stay as they are: whoever asks may not have named everybody who is believed.
+    Left,
+    /// They lose our signatures. The index keeps what is known of them, so that trust that returns finds them.
+    Unsigned,
 }
 
 /// How far a pass is.
@@ -93,15 +102,20 @@ impl Upkeep {
                     Known::Foreign => tally.foreign += 1,
                 }
             }
-            batch(&self.folder, &self.store_dir, &sign, &records, &mut tally)?;
+            let (folder, store_dir) = (&self.folder, &self.store_dir);
+            batch(
+                folder,
+                store_dir,
+                &sign,
+                Unvouched::Left,
+                &records,
+                &mut tally,
+            )?;
             step(Progress {
                 done: tally.all(),
                 total,
                 tally,
             });
-        }
-        if tally.refused == 0 {
-            self.folder.note_signed_by(Some(&signer.public_keys()))?;
         }
         Ok(tally)
     }
@@ -152,6 +166,7 @@ pub(super) fn batch(
     folder: &Folder,
     store_dir: &StoreDir,
     sign: &Sign,
+    unvouched: Unvouched,
     records: &[Record],
     tally: &mut Tally,
 ) -> io::Result<()> {
@@ -162,17 +177,22 @@ pub(super) fn batch(
             tally.foreign += 1;
             continue;
         };
-        let Some(made) = sign(record) else {
-            debug!(path = %record.info.path, "nobody vouches for it today, it is not signed anew");
+        let made = sign(record);
+        let is_vouched = made.is_some();
+        if !is_vouched {
+            debug!(path = %record.info.path, "nobody vouches for it today, it is not signed");
             tally.refused += 1;
-            continue;
-        };
-        let record = signed(record, made);
+            if unvouched == Unvouched::Left {
+                continue;
+            }
+        }
+        let record = signed(record, made.unwrap_or_default());
         let wanted = &record.info.signatures;
         if wanted.len() == carried.len() && wanted.iter().all(|s| carried.contains(s)) {
-            tally.current += 1;
+            tally.current += u64::from(is_vouched);
             continue;
         }
+        tally.signed += u64::from(is_vouched);
         let (temp, mut file) = folder.create_temp("narinfo")?;
         file.write_all(text::of_record(&record, store_dir).as_bytes())?;
         written.push((temp, hash));
@@ -183,7 +203,6 @@ pub(super) fn batch(
     folder.sync_all()?;
     for (temp, hash) in written {
         temp.rename(&folder.narinfo(hash))?;
-        tally.signed += 1;
     }
     folder.sync_root()
 }

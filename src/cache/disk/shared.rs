@@ -76,8 +76,21 @@ pub struct Signing {
     pub generation: u64,
     /// By these, narinfos of the folder are known again.
     pub keys: Vec<PublicKey>,
+    /// Stands for who is believed.
+    pub trust: String,
     /// Makes the signatures.
     pub sign: Arc<Sign<'static>>,
+}
+
+impl Signing {
+    /// Stands for the signatures that narinfos carry: one key a line, in an order that does not depend on the
+    /// configuration's, and the trust. Where it is another, they must be looked through.
+    pub fn mark(&self) -> String {
+        let mut lines: Vec<_> = self.keys.iter().map(|key| format!("{key}\n")).collect();
+        lines.sort_unstable();
+        lines.push(format!("trust {}\n", self.trust));
+        lines.concat()
+    }
 }
 
 struct Degraded {
@@ -250,12 +263,13 @@ impl Shared {
     }
 
     /// Lets others sign from now on.
-    pub fn sign_with(&self, keys: Vec<PublicKey>, sign: Arc<Sign<'static>>) {
+    pub fn sign_with(&self, keys: Vec<PublicKey>, trust: String, sign: Arc<Sign<'static>>) {
         let mut signing = self.signing.write().unwrap_or_else(PoisonError::into_inner);
         let generation = signing.as_ref().map_or(0, |s| s.generation) + 1;
         *signing = Some(Arc::new(Signing {
             generation,
             keys,
+            trust,
             sign,
         }));
     }

@@ -1,9 +1,10 @@
-//! The background pass after the keys have changed, by reload or over a restart: it has the narinfos of
-//! all entries signed by the keys of today, at half a processor's idle priority.
+//! The background pass after the keys or the trust in upstreams have changed, by reload or over a restart: it has
+//! the narinfos of all entries signed by the keys of today, at half a processor's idle priority.
 //!
 //! It reads the index and asks; the writer writes. That it went through is noted in the folder, so that
-//! the next start has nothing to do. What nobody vouches for today is looked at again at the next start
-//! or reload.
+//! the next start has nothing to do. What nobody vouches for today is shown without our signatures, so that it is
+//! not believed by those who read the folder without muster either; it is looked at again at the next start or
+//! reload.
 
 use std::io;
 use std::sync::Arc;
@@ -40,7 +41,7 @@ fn run(shared: &Shared, signing: &Signing) {
         shared.queue.sleep(PAUSE);
     }
     let folder = &shared.folder;
-    if folder.is_signed_by(&signing.keys) {
+    if folder.is_signed_by(&signing.mark()) {
         return;
     }
     let begun = Instant::now();
@@ -51,12 +52,12 @@ fn run(shared: &Shared, signing: &Signing) {
     match done {
         Ok(None) => {}
         Ok(Some(tally)) => {
-            let (elapsed, signed, left) = (begun.elapsed(), tally.signed, tally.refused);
-            if signed > 0 {
-                info!(%dir, signed, left, ?elapsed, "narinfos in the cache signed by the keys of today");
+            let (elapsed, signed, unsigned) = (begun.elapsed(), tally.signed, tally.refused);
+            if signed > 0 || unsigned > 0 {
+                info!(%dir, signed, unsigned, ?elapsed, "narinfos in the cache signed by the keys of today");
             }
-            let noted = match left {
-                0 => folder.note_signed_by(Some(&signing.keys)),
+            let noted = match unsigned {
+                0 => folder.note_signed_by(Some(&signing.mark())),
                 _ => Ok(()),
             };
             if let Err(error) = noted {

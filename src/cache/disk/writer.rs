@@ -16,7 +16,7 @@ use super::super::nar_name::NarName;
 use super::folder::{self, FolderError, Lock};
 use super::index::{Index, IndexError};
 use super::queue::{Batch, Commit, Task};
-use super::resign::{self, Tally};
+use super::resign::{self, Tally, Unvouched};
 use super::shared::Shared;
 use super::{commit, removal};
 use crate::nix::store_path::StorePathHash;
@@ -204,7 +204,8 @@ impl Writer {
         let known = hashes.iter().filter_map(|hash| self.shared.known(*hash));
         let records: Vec<_> = known.filter(|record| record.file.is_some()).collect();
         let (folder, store_dir) = (&self.shared.folder, &self.shared.options.store_dir);
-        let done = resign::batch(folder, store_dir, &*signing.sign, &records, &mut tally);
+        let (sign, unvouched) = (&*signing.sign, Unvouched::Unsigned);
+        let done = resign::batch(folder, store_dir, sign, unvouched, &records, &mut tally);
         if let Err(error) = &done {
             self.shared.note_failure("signing narinfos anew", error);
         }
