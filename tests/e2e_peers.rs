@@ -284,29 +284,16 @@ fn one_of_three_musters_that_turns_silent_costs_little_and_counts_again_when_it_
         assert_eq!(ours.narinfo(path).status, 200, "{}", ours.log());
     }
     client.substitutes_from(&ours);
-    let healthy = ["a", "b", "c"].map(|seed| look(&client, seed));
-    let slowest = healthy.iter().copied().fold(0.0, f64::max);
+    let before = ["a", "b"].map(|seed| look(&client, seed));
 
     theirs[1].signal(Signal::STOP);
     let turning = look(&client, "turning");
     let sick = eventually(5.0, || upstream(&mut ours, 1, "state") == "sick");
     assert!(sick, "{}", ours.log());
     let asked = upstream(&mut ours, 1, "asked");
-    let silent = look(&client, "silent");
-    println!("201 misses: {healthy:.2?} s, turning silent {turning:.2} s, silent {silent:.2} s");
-    // 1.5 s and no more, once; and a second for a machine with much else to do, where a look takes one by itself.
-    assert!(
-        turning < slowest + 2.5,
-        "{turning} {healthy:?}\n{}",
-        ours.log()
-    );
+    let silent = ["c", "d", "e"].map(|seed| look(&client, seed));
     // Nobody asks it, so nobody waits for it.
     assert_eq!(upstream(&mut ours, 1, "asked"), asked, "{}", ours.log());
-    assert!(
-        silent < slowest + 1.0,
-        "{silent} {healthy:?}\n{}",
-        ours.log()
-    );
     // What another has is found, and what is known of the silent one is told.
     assert_eq!(ours.narinfo(&more[0]).status, 200, "{}", ours.log());
     assert_eq!(ours.narinfo(&of_each[1]).status, 200, "{}", ours.log());
@@ -316,6 +303,19 @@ fn one_of_three_musters_that_turns_silent_costs_little_and_counts_again_when_it_
     assert_eq!(ours.narinfo(&more[1]).status, 200, "{}", ours.log());
     let got = client.realise(&more[1]).ok();
     assert_eq!((got.built(), got.copied()), (0, 1), "{got}");
+
+    // Before and after, for a machine whose load comes and goes; there the quickest look and the slowest are compared.
+    let after = ["f", "g"].map(|seed| look(&client, seed));
+    let slowest = before.into_iter().chain(after).fold(0.0, f64::max);
+    let quickest = silent.into_iter().fold(f64::MAX, f64::min);
+    let took = format!(
+        "201 misses: {before:.2?} s, turning silent {turning:.2} s, silent {silent:.2?} s, heard again {after:.2?} s"
+    );
+    println!("{took}");
+    // 1.5 s once; with much else to do a look alone may take twice as long as the slowest.
+    let log = ours.log();
+    assert!(turning < 2.0 * slowest + 1.5, "{took}\n{log}");
+    assert!(quickest < slowest + 0.05, "{took}\n{log}");
 }
 
 fn figure(muster: &mut Muster<'_>, of: &str, name: &str) -> u64 {
