@@ -24,11 +24,11 @@ use muster::substituter::publish::Publisher;
 use muster::upstream::binary_cache::{BinaryCache, BinaryCacheOptions};
 use muster::upstream::catalog_feed::{FedCatalog, FeedOptions, FeedSource, FeedStream};
 use muster::upstream::local::{LocalOptions, LocalUpstream};
-use muster::upstream::{Error, Upstream};
+use muster::upstream::{Error, Link, Upstream};
 use rusqlite::Connection;
 use support::peer;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
 const NOWHERE: &str = "/nowhere/socket";
@@ -88,6 +88,66 @@ fn asking(address: SocketAddr, store_dir: &StoreDir, catalog: Option<FeedOptions
         ..BinaryCacheOptions::default()
     };
     peer::asking(address, store_dir.clone(), options)
+}
+
+/// A line to a muster on which nothing comes back any more, from the feed alone or at all; nothing is closed.
+struct Line {
+    address: SocketAddr,
+    feed_flows: watch::Sender<bool>,
+    flows: watch::Sender<bool>,
+}
+
+impl Line {
+    async fn to(muster: SocketAddr) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let line = Self {
+            address: listener.local_addr().unwrap(),
+            feed_flows: watch::Sender::new(true),
+            flows: watch::Sender::new(true),
+        };
+        let flows = [&line.feed_flows, &line.flows].map(watch::Sender::subscribe);
+        tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                let muster = TcpStream::connect(muster).await.unwrap();
+                tokio::spawn(carry(client, muster, flows.clone()));
+            }
+        });
+        line
+    }
+}
+
+async fn carry(client: TcpStream, muster: TcpStream, flows: [watch::Receiver<bool>; 2]) {
+    let (mut client_reads, mut client_writes) = client.into_split();
+    let (mut muster_reads, mut muster_writes) = muster.into_split();
+    let (feeds, is_feed) = watch::channel(false);
+    let asking = async move {
+        let mut bytes = vec![0; 16 << 10];
+        while let Ok(count @ 1..) = client_reads.read(&mut bytes).await {
+            let text = String::from_utf8_lossy(&bytes[..count]);
+            feeds.send_replace(text.contains("GET /muster/catalog"));
+            if muster_writes.write_all(&bytes[..count]).await.is_err() {
+                return;
+            }
+        }
+    };
+    let [mut feed_flows, mut flows] = flows;
+    let answering = async move {
+        let mut bytes = vec![0; 16 << 10];
+        while let Ok(count @ 1..) = muster_reads.read(&mut bytes).await {
+            if *is_feed.borrow() {
+                let _ = feed_flows.wait_for(|flows| *flows).await;
+            }
+            let _ = flows.wait_for(|flows| *flows).await;
+            if client_writes.write_all(&bytes[..count]).await.is_err() {
+                return;
+            }
+        }
+    };
+    // One end closes the other.
+    tokio::select! {
+        () = asking => {}
+        () = answering => {}
+    }
 }
 
 /// A feed without a network between, which can be made to stall.
@@ -186,6 +246,70 @@ async fn a_stalled_feed_says_nothing() {
     source.flows.send_replace(true);
     until(|| fed.says(&added.hash()) == Says::Yes).await;
     assert_eq!(fed.says(&absent()), Says::No);
+}
+
+/// A muster that asks another over a line, and has its catalog.
+async fn fed_over(line: &Line, builder: &Builder) -> Arc<BinaryCache> {
+    let feed = Some(FeedOptions::default());
+    let asking = Arc::new(asking(line.address, &builder.store_dir, feed));
+    up(&*asking).await;
+    until(|| asking.paths_known().is_some()).await;
+    asking
+}
+
+/// What is no feed is no silence: the muster answers, and a path that comes meanwhile is found by those who ask.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_path_that_comes_while_the_feed_stalls_is_found() {
+    let builder = Builder::new();
+    builder.add("file", b"file");
+    let serving = muster(&builder, 1).await;
+    let line = Line::to(serving.address).await;
+    let asking = fed_over(&line, &builder).await;
+    let known = asking.paths_known().unwrap();
+    let member = peer::member(0, Arc::clone(&asking) as Arc<dyn Upstream>);
+    let mut setup = peer::setup_of([member]);
+    setup.publisher.store_dir = builder.store_dir.clone();
+    let ours = support::serve(support::new_substituter(support::options(), setup)).await;
+    let mut link = asking.link();
+    link.borrow_and_update();
+
+    line.feed_flows.send_replace(false);
+    let added = builder.add("added", b"added");
+    until(|| asking.paths_known().is_none()).await;
+    let target = format!("/{}.narinfo", added.hash());
+    assert_eq!(support::get(ours.address, &target).await.status, 200);
+    let nobody = format!("/{}.narinfo", absent());
+    assert_eq!(support::get(ours.address, &nobody).await.status, 404);
+    // Until its pulse would have been missed twice.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let changed = link.has_changed().unwrap();
+    assert!(!changed, "{:?}", *link.borrow());
+    let later = builder.add("later", b"later");
+    assert!(asking.path_info(later.hash()).await.unwrap().is_some());
+    line.feed_flows.send_replace(true);
+    until(|| asking.paths_known() == Some(known + 2)).await;
+}
+
+/// So it costs nothing when somebody asks the next time.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_muster_that_feeds_and_turns_silent_is_found_out_before_anybody_asks() {
+    let builder = Builder::new();
+    let path = builder.add("file", b"file");
+    let serving = muster(&builder, 1).await;
+    let line = Line::to(serving.address).await;
+    let asking = fed_over(&line, &builder).await;
+    let mut link = asking.link();
+    for _ in 0..2 {
+        line.flows.send_replace(false);
+        let down = link.wait_for(|link| matches!(link, Link::Down { .. }));
+        let down = tokio::time::timeout(Duration::from_secs(10), down).await;
+        drop(down.expect("it is found to be silent").unwrap());
+        assert!(asking.path_info(path.hash()).await.is_err());
+        line.flows.send_replace(true);
+        up(&*asking).await;
+        assert!(asking.path_info(path.hash()).await.unwrap().is_some());
+        until(|| asking.paths_known().is_some()).await;
+    }
 }
 
 /// Nobody knows what is in a database that cannot be read.

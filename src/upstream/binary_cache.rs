@@ -17,6 +17,7 @@ use tokio::sync::watch;
 use super::cache_files::{CacheFiles, FilePart, FileSize, FileStream, whole};
 use super::cache_http::decode_error;
 use super::cache_link::CacheLink;
+use super::cache_pulse::{CachePulse, CachePulseOptions};
 use super::cache_turns::{Turns, size_of};
 use super::catalog_feed::{FedCatalog, FeedOptions, FeedSource, FeedStream};
 use super::closures::Closures;
@@ -64,6 +65,8 @@ pub struct BinaryCacheOptions {
     pub log_bytes_max: usize,
     /// Of the catalog that a muster feeds; `None`: it is asked for none.
     pub catalog: Option<FeedOptions>,
+    /// Of the sign of life that is asked for where a cache is quiet.
+    pub pulse: CachePulseOptions,
     /// Of the closures that a muster tells.
     pub closures: PeerClosureOptions,
 }
@@ -92,11 +95,13 @@ impl BinaryCache {
         decoder: Decoder,
         options: BinaryCacheOptions,
     ) -> Self {
-        let link = CacheLink::start(name.clone(), store_dir.clone(), Arc::clone(&files));
+        let (theirs, pulse) = (Arc::clone(&files), options.pulse);
+        let link = CacheLink::start(name.clone(), store_dir.clone(), theirs, pulse);
         let catalog = options.catalog.map(|options| {
             let source = MusterFeed {
                 files: Arc::clone(&files),
                 link: link.watch(),
+                pulse: link.pulse(),
             };
             FedCatalog::start(name.clone(), Arc::new(source), store_dir.clone(), options)
         });
@@ -115,11 +120,9 @@ impl BinaryCache {
 
     /// Asks for a narinfo and remembers where its NAR is.
     async fn narinfo(&self, hash: StorePathHash) -> Result<Option<NarInfo>, Error> {
-        self.link.ready().await?;
         let file = format!("{hash}.narinfo");
-        let text = self
-            .link
-            .note(self.files.read(&file, NARINFO_BYTES_MAX).await)?;
+        let read = self.files.read(&file, NARINFO_BYTES_MAX);
+        let text = self.link.ask(read).await?;
         let Some(text) = text else {
             self.places.invalidate(&hash);
             return Ok(None);
@@ -187,6 +190,7 @@ impl Place {
 struct MusterFeed {
     files: Arc<dyn CacheFiles>,
     link: watch::Receiver<Link>,
+    pulse: Arc<CachePulse>,
 }
 
 #[async_trait]
@@ -199,7 +203,7 @@ impl FeedSource for MusterFeed {
         }
         let place = self.files.locate(CATALOG)?;
         let feed = self.files.open(&place, 0, FileSize::Large).await?;
-        Ok(feed.map(|feed| feed.bytes))
+        Ok(feed.map(|feed| Arc::clone(&self.pulse).watching(feed.bytes)))
     }
 }
 
@@ -266,6 +270,7 @@ impl Upstream for BinaryCache {
         };
         let closures = PeerClosures::new(
             Arc::clone(&self.files),
+            self.link.pulse(),
             self.store_dir.clone(),
             self.options.closures,
             found,
@@ -336,13 +341,10 @@ impl Upstream for BinaryCache {
         if !derivation.is_derivation() {
             return Ok(None);
         }
-        self.link.ready().await?;
         let bytes_max = self.options.log_bytes_max;
-        let log = self
-            .files
-            .read(&format!("log/{derivation}"), bytes_max)
-            .await;
-        let Some(log) = self.link.note(log)? else {
+        let file = format!("log/{derivation}");
+        let log = self.link.ask(self.files.read(&file, bytes_max)).await?;
+        let Some(log) = log else {
             return Ok(None);
         };
         // A server that knows nothing of it sends the file as it was uploaded.
@@ -358,11 +360,9 @@ impl Upstream for BinaryCache {
     }
 
     async fn realisation(&self, id: &DrvOutput) -> Result<Option<Realisation>, Error> {
-        self.link.ready().await?;
         let file = format!("realisations/{id}.doi");
-        let json = self
-            .link
-            .note(self.files.read(&file, NARINFO_BYTES_MAX).await)?;
+        let read = self.files.read(&file, NARINFO_BYTES_MAX);
+        let json = self.link.ask(read).await?;
         let Some(json) = json else {
             return Ok(None);
         };
@@ -376,12 +376,10 @@ impl Upstream for BinaryCache {
     }
 
     async fn build_trace(&self, key: &BuildTraceKey) -> Result<Option<BuildTraceEntry>, Error> {
-        self.link.ready().await?;
         let (derivation, output) = (key.derivation(), key.output());
         let file = format!("build-trace-v2/{derivation}/{output}.doi");
-        let json = self
-            .link
-            .note(self.files.read(&file, NARINFO_BYTES_MAX).await)?;
+        let read = self.files.read(&file, NARINFO_BYTES_MAX);
+        let json = self.link.ask(read).await?;
         let entry = json.map(|json| BuildTraceEntry::parse(key.clone(), &json));
         let entry = entry.transpose();
         entry.map_err(|error| Error::Remote(format!("{file}: {error}").into()))
@@ -457,6 +455,7 @@ impl Default for BinaryCacheOptions {
             places_max: 50_000,
             log_bytes_max: 64 << 20,
             catalog: Some(FeedOptions::default()),
+            pulse: CachePulseOptions::default(),
             closures: PeerClosureOptions::default(),
         }
     }

@@ -11,6 +11,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::stream::BoxStream;
+use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::Error;
 
@@ -60,6 +62,16 @@ pub trait CacheFiles: Send + Sync + 'static {
 
     /// Forgets what may have gone bad while nobody looked, such as idle connections.
     fn renew(&self) {}
+
+    /// Follows when bytes of it last came, whatever was asked for; `None`: such files are never silent.
+    fn heard(&self) -> Option<watch::Receiver<Option<Instant>>> {
+        None
+    }
+
+    /// Asks for any answer at all, beside and not behind what is under way.
+    async fn pulse(&self) -> Result<(), Error> {
+        Ok(())
+    }
 
     /// Tells whether what answers is a muster that tells whole closures, as far as it has said.
     fn tells_closures(&self) -> bool {

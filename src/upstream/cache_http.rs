@@ -18,7 +18,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::StreamExt as _;
 use hyper::{StatusCode, Uri};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::{Instant, timeout};
 use tracing::debug;
 
@@ -270,6 +270,20 @@ impl CacheFiles for CacheHttp {
 
     fn renew(&self) {
         self.client.renew();
+    }
+
+    fn heard(&self) -> Option<watch::Receiver<Option<Instant>>> {
+        Some(self.client.heard())
+    }
+
+    /// Goes past those who wait for their turn to ask; what is answered does not matter.
+    async fn pulse(&self) -> Result<(), Error> {
+        let uri = self.client.cache().file(INFO);
+        let uri = uri.map_err(|e| Error::Unsupported(e.to_string().into()))?;
+        let got = self.client.greet(uri).await?;
+        // Read to its end, its connection serves again.
+        let _read = whole(got.body(&self.options), INFO_BYTES_MAX).await;
+        Ok(())
     }
 
     fn tells_closures(&self) -> bool {

@@ -21,6 +21,7 @@ use hyper::header::{
 use hyper::{Request, Response, StatusCode, Uri, Version};
 use hyper_util::client::legacy::Client;
 use rustls::ClientConfig;
+use tokio::sync::watch;
 use tokio::time::timeout;
 
 use super::Error;
@@ -42,6 +43,7 @@ pub struct HttpClient {
     offers: Mutex<Offers>,
     /// Whether it is spoken to over HTTP/2 without TLS.
     shares: AtomicBool,
+    heard: Heard,
 }
 
 /// What a cache lets us do, and where it may send us.
@@ -80,7 +82,12 @@ pub struct Got {
     headers: HeaderMap,
     version: Version,
     body: Incoming,
+    /// Told of each piece of the body; not where another host sends it.
+    heard: Option<Heard>,
 }
+
+/// When bytes of the cache last came.
+type Heard = watch::Sender<Option<tokio::time::Instant>>;
 
 /// What answers, as far as it says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -142,6 +149,7 @@ impl HttpClient {
             options,
             offers: Mutex::default(),
             shares: AtomicBool::new(false),
+            heard: watch::Sender::new(None),
         }
     }
 
@@ -193,6 +201,11 @@ impl HttpClient {
     /// Returns what the cache offered when it was last greeted.
     pub fn offers(&self) -> Offers {
         *self.offers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Follows when bytes of the cache last came, whatever was asked for.
+    pub fn heard(&self) -> watch::Receiver<Option<tokio::time::Instant>> {
+        self.heard.subscribe()
     }
 
     /// Returns the cache's address.
@@ -252,6 +265,8 @@ impl HttpClient {
         for _ in 0..=REDIRECTS_MAX {
             let client = self.client(load, &uri);
             let response = self.once(&client, &uri, range.clone()).await?;
+            let heard = self.cache.is_home_of(&uri).then(|| self.heard.clone());
+            note(heard.as_ref());
             if !is_redirect(response.status()) {
                 let (head, body) = response.into_parts();
                 return Ok(Got {
@@ -259,6 +274,7 @@ impl HttpClient {
                     version: head.version,
                     headers: head.headers,
                     body,
+                    heard,
                 });
             }
             let location = text_of(response.headers(), &LOCATION);
@@ -368,6 +384,7 @@ impl Got {
     pub fn body(self, options: &HttpOptions) -> BoxStream<'static, Result<Bytes, Error>> {
         let drip = Drip::new(options);
         let state = Some((self.body, drip, options.silence));
+        let heard = self.heard;
         let chunks = stream::unfold(state, |state| async move {
             let (mut body, mut drip, silence) = state?;
             loop {
@@ -396,6 +413,11 @@ impl Got {
                 }
             }
         });
+        let chunks = chunks.inspect(move |chunk| {
+            if chunk.is_ok() {
+                note(heard.as_ref());
+            }
+        });
         chunks.boxed()
     }
 }
@@ -411,6 +433,12 @@ impl Default for HttpOptions {
             idle_max: 32,
             idle_timeout: Duration::from_secs(50),
         }
+    }
+}
+
+fn note(heard: Option<&Heard>) {
+    if let Some(heard) = heard {
+        heard.send_replace(Some(tokio::time::Instant::now()));
     }
 }
 

@@ -10,6 +10,7 @@ pub mod cache_files;
 pub mod cache_folder;
 pub mod cache_http;
 mod cache_link;
+pub mod cache_pulse;
 mod cache_turns;
 pub mod catalog_feed;
 pub mod closures;

@@ -13,6 +13,7 @@ use tokio::task::spawn_blocking;
 
 use super::Error;
 use super::cache_files::CacheFiles;
+use super::cache_pulse::CachePulse;
 use super::closures::Closures;
 use super::dialect::read_narinfo;
 use crate::codec::closure_wire;
@@ -35,6 +36,7 @@ type Found = dyn Fn(&NarInfo) -> Result<(), Error> + Send + Sync;
 /// One closure of another muster. What it is told with the list of paths it keeps for the question that follows.
 pub(super) struct PeerClosures {
     files: Arc<dyn CacheFiles>,
+    pulse: Arc<CachePulse>,
     store_dir: StoreDir,
     options: PeerClosureOptions,
     found: Box<Found>,
@@ -46,12 +48,14 @@ impl PeerClosures {
     /// Prepares to ask; `found` is shown each narinfo of a closure that has no fault, and may find one.
     pub(super) fn new(
         files: Arc<dyn CacheFiles>,
+        pulse: Arc<CachePulse>,
         store_dir: StoreDir,
         options: PeerClosureOptions,
         found: impl Fn(&NarInfo) -> Result<(), Error> + Send + Sync + 'static,
     ) -> Self {
         Self {
             files,
+            pulse,
             store_dir,
             options,
             found: Box::new(found),
@@ -68,7 +72,10 @@ impl PeerClosures {
 impl Closures for PeerClosures {
     async fn paths(&self, top: &StorePath) -> Result<Vec<StorePath>, Error> {
         let file = format!("{CLOSURE}{}", top.hash());
-        let answer = self.files.read(&file, self.options.bytes_max).await?;
+        let answer = tokio::select! {
+            answer = self.files.read(&file, self.options.bytes_max) => answer?,
+            never = self.pulse.taken_while_quiet() => match never {},
+        };
         let answer = answer.ok_or_else(|| Error::Remote("it does not tell this closure".into()))?;
         let (top, store_dir) = (top.clone(), self.store_dir.clone());
         let paths_max = self.options.paths_max;

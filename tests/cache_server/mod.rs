@@ -50,6 +50,8 @@ pub enum Fault {
     Length(u64),
     /// No head at all.
     Silent,
+    /// As it should be, but so much later.
+    Late(Duration),
     /// The connection is closed before the head.
     Reset,
     /// The whole length is promised, and the connection reset (RST) after so many bytes.
@@ -85,6 +87,7 @@ struct State {
     faults: HashMap<String, Fault>,
     once: HashMap<String, Fault>,
     asked: Vec<Asked>,
+    frozen: bool,
     connections: usize,
     head: &'static str,
 }
@@ -157,6 +160,17 @@ impl CacheServer {
     pub fn fault_once(&self, target: &str, fault: Fault) {
         let mut state = self.state.lock().unwrap();
         state.once.insert(target.to_owned(), fault);
+    }
+
+    /// Answers nothing any more and sends nothing more, or all that was asked meanwhile.
+    pub fn freeze(&self, frozen: bool) {
+        self.state.lock().unwrap().frozen = frozen;
+    }
+
+    fn wait_while_frozen(&self) {
+        while self.state.lock().unwrap().frozen {
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// Adds lines to every head, each with `\r\n`.
@@ -232,6 +246,7 @@ impl CacheServer {
     fn serve(&self, stream: impl Read + Write, wire: &TcpStream) {
         let mut stream = BufReader::new(stream);
         while let Ok(Some(asked)) = read_request(&mut stream) {
+            self.wait_while_frozen();
             let (file, fault, head) = {
                 let mut state = self.state.lock().unwrap();
                 let target = asked.target.clone();
@@ -242,6 +257,10 @@ impl CacheServer {
             };
             let out = stream.get_mut();
             let sent = match fault {
+                Some(Fault::Late(by)) => {
+                    std::thread::sleep(by);
+                    answer(out, &asked, file, head)
+                }
                 Some(fault) => {
                     _ = match fault {
                         Fault::Portion(bytes) => {
@@ -372,7 +391,7 @@ fn break_it(
             out.write_all(&file[..*bytes])?;
         }
         // What was asked for matters; see `serve`.
-        Fault::Portion(_) | Fault::NoRange => {}
+        Fault::Portion(_) | Fault::NoRange | Fault::Late(_) => {}
         Fault::Stall(bytes) => {
             out.write_all(ok(size as u64).as_bytes())?;
             out.write_all(&file[..*bytes])?;
