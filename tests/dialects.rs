@@ -160,7 +160,7 @@ fn of_our_nar(text: &str, nar: &[u8], origin: &str) -> String {
     let hash = NarHash::of(nar);
     let mut ours = String::new();
     for line in text.split_inclusive('\n') {
-        let end = &line[line.trim_end().len()..];
+        let end = line.strip_prefix(line.trim_end()).unwrap_or_default();
         match line.trim_end().split_once(": ") {
             Some(("NarHash", said)) => {
                 let hash = match said {

@@ -340,6 +340,8 @@ fn trust_withdrawn_in_the_configuration_ends_what_rested_on_it() {
     client.run("cp /etc/both.toml /etc/muster.toml").ok();
     let serve = || Muster::serve(&client, "--no-machines --config /etc/muster.toml");
     let mut muster = serve();
+    // On a busy machine the first look-ups are over before it is.
+    muster.await_log(30.0, "@b1: well");
     client.substitutes_from(&muster);
     let paths = [only.clone(), both.clone()];
     fetch(&client, &b1, &paths, &muster);

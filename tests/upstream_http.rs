@@ -253,7 +253,7 @@ async fn bombs_cost_what_was_promised() {
     let empty_member = compress(Compression::Gzip, b"");
     // Blocks of metadata. The window's bit is in the first alone; the second reaches over the next body's first.
     let skipped_br = {
-        let metadata = |size: u32| 0b10_0_11_0 | (size - 1) << 6;
+        let metadata = |size: u32| 0b10_0110 | (size - 1) << 6;
         let mut body = (metadata(60_000) << 1).to_le_bytes()[..3].to_vec();
         body.extend([0; 60_000]);
         body.extend(&metadata(60_003).to_le_bytes()[..3]);

@@ -197,7 +197,7 @@ fn is_wide(stream: &[u8]) -> bool {
 }
 
 /// What a brotli stream of RFC 7932 never begins with; the size of the window is in the next bits.
-const BROTLI_LARGE_WINDOW: u8 = 0b001_000_1;
+const BROTLI_LARGE_WINDOW: u8 = 0x11;
 
 /// What `xz -9` makes can be read, and twice that; beyond it a few bytes could ask for gigabytes.
 const XZ_BYTES_MAX: u64 = 128 << 20;
