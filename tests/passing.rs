@@ -612,6 +612,23 @@ async fn a_cache_of_xz_that_breaks_once_is_asked_once_more() {
     }
 }
 
+/// It has cost its client half a minute already, and would do so again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_last_holder_that_drips_is_not_asked_once_more() {
+    let (server, nar) = (CacheServer::new(), noise(SIZES[0]));
+    let (info, target) = server.add("path", &nar, Compression::Xz);
+    let mut asking = Asking::at(&server.url());
+    asking.options.drip_time = Duration::from_millis(300);
+    asking.options.drip_bytes = 1 << 20;
+    let cache: Arc<dyn Upstream> = Arc::new(asking.start());
+    let run = Running::over(&info, vec![cache], Encoding::None, None).await;
+    server.fault(&target, Some(Fault::Drip(Duration::from_millis(5))));
+    assert_eq!(run.get().await.status, 404);
+    assert_eq!(server.times_asked(&target), 1);
+    server.fault(&target, None);
+    assert!(run.get().await.body == nar);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_large_file_is_not_passed_where_a_builder_that_was_not_asked_has_it() {
     let case = Case::new(LARGE, 1, Says::All);

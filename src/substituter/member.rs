@@ -256,7 +256,7 @@ impl Member {
         let mut record = self.record();
         match &answer {
             Ok(_) | Err(Error::Remote(_)) => record.timeouts = 0,
-            Err(Error::TimedOut { .. }) => {
+            Err(Error::TimedOut { .. } | Error::Slow(_)) => {
                 record.timeouts += 1;
                 if record.timeouts == self.options.timeouts_max {
                     warn!(

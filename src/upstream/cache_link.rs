@@ -149,7 +149,10 @@ impl CacheLink {
 
     /// Hands an answer on, and has the link looked at when it speaks of a broken connection.
     pub(super) fn note<T>(&self, answer: Result<T, Error>) -> Result<T, Error> {
-        if matches!(answer, Err(Error::Lost(_) | Error::TimedOut { .. })) {
+        if matches!(
+            answer,
+            Err(Error::Lost(_) | Error::TimedOut { .. } | Error::Slow(_))
+        ) {
             self.shared.distrust.notify_one();
         }
         answer

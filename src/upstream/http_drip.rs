@@ -32,9 +32,7 @@ impl Drip {
             return Ok(());
         }
         if self.came < self.bytes {
-            let question = "more than a drip of a body";
-            let after = self.time;
-            return Err(Error::TimedOut { question, after });
+            return Err(Error::Slow(self.time));
         }
         (self.waited, self.came) = (Duration::ZERO, 0);
         Ok(())

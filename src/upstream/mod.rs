@@ -256,6 +256,9 @@ pub enum Error {
         /// The bound.
         after: Duration,
     },
+    /// What comes is too little to be waited for, and would be again.
+    #[error("no more than a drip came within {0:?}")]
+    Slow(Duration),
     /// The store itself answered with an error; its own words.
     #[error("the store answered: {0}")]
     Remote(Arc<str>),
