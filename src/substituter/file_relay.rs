@@ -199,6 +199,10 @@ impl FileRelay {
         if let Some((member, _)) = self.current.take() {
             let (upstream, offset) = (member.upstream.name(), self.offset);
             warn!(upstream, path = %self.info.path, offset, %error, "NAR file broke off, it is asked for from there");
+            if matches!(error, upstream::Error::Slow(_)) {
+                // Each time a few bytes would come, and it would never be late.
+                self.holders.retain(|holder| holder.member.id != member.id);
+            }
         }
         self.cause = error;
     }
