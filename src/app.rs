@@ -250,9 +250,7 @@ fn substituter_options(config: &Config) -> substituter::Options {
             refusal: Duration::from_secs(6),
             encoder: EncoderOptions {
                 concurrent: config.max_encoders,
-                zstd_level: config
-                    .zstd_level
-                    .unwrap_or(EncoderOptions::default().zstd_level),
+                zstd_level: config.zstd_level,
                 xz_level: config
                     .xz_level
                     .unwrap_or(EncoderOptions::default().xz_level),

@@ -831,7 +831,7 @@ async fn a_resumed_download_is_the_same_file_or_none() {
 
     // Another encoder's bytes, or no cache at all: the whole, and no word of parts.
     let mut other = options();
-    other.transfer.encoder.zstd_level = 7;
+    other.transfer.encoder.zstd_level = Some(7);
     let setups = || setup(std::slice::from_ref(&a), &Trust::Operator, Encoding::None);
     let elsewhere = tempfile::tempdir().unwrap();
     for substituter in [
