@@ -118,6 +118,7 @@ impl Queue {
         if waiting.stopped {
             return false;
         }
+        let mut wake = true;
         if let Task::Remember(record) = &task {
             if waiting.droppable >= self.droppable_max {
                 return false;
@@ -125,10 +126,19 @@ impl Queue {
             waiting.droppable += 1;
             let hash = record.info.path.hash();
             *waiting.look_ups.entry(hash).or_default() += 1;
+            // One more while some gather changes nothing: to wake a thread takes longer than to list a look-up.
+            wake = waiting.tasks.is_empty() || self.is_full(&waiting);
         }
         waiting.tasks.push_back(task);
-        self.changed.notify_all();
+        if wake {
+            self.changed.notify_all();
+        }
         true
+    }
+
+    /// Tells whether look-ups are not to gather any longer.
+    fn is_full(&self, waiting: &Waiting) -> bool {
+        waiting.droppable * 2 > self.droppable_max
     }
 
     /// Tells whether a look-up of a path is on its way into the index.
@@ -210,8 +220,7 @@ impl Queue {
         let (waiting, _) = waited.unwrap_or_else(PoisonError::into_inner);
         let idle = |waiting: &mut Waiting| {
             let urgent = waiting.tasks.len() > waiting.droppable;
-            let full = waiting.droppable * 2 > self.droppable_max;
-            !(urgent || full || waiting.woken || waiting.stopped)
+            !(urgent || self.is_full(waiting) || waiting.woken || waiting.stopped)
         };
         let waited = self.changed.wait_timeout_while(waiting, GATHER, idle);
         let (mut waiting, _) = waited.unwrap_or_else(PoisonError::into_inner);
