@@ -4,16 +4,15 @@
 //! stream of one block with CRC-64. It is slow (zstd 2: about 150 MB/s; xz 1: 46 MB/s of programs, 3 MB/s of
 //! random bytes): call it from a blocking thread, as [`super::compression`] does. Formats: RFC 8878 (zstd) and "The .xz File Format".
 //!
-//! In a large NAR zstd looks for matches over [`WINDOW_LOG`] (long-distance matching), and by default with
-//! tables that stay in a processor's own cache. Of 500 MiB of programs and headers that makes, by medians of four
-//! runs of one thread in turn:
+//! In a large NAR zstd looks for matches far apart (long-distance matching), and by default with tables that stay in
+//! a processor's own cache. CPU of one thread in s/GB, and how much smaller the data gets:
 //!
-//! | | CPU, s/GB | ratio |
-//! |---|---|---|
-//! | level 3 | 9.3 | 3.13 |
-//! | level 2, long | 6.4 | 3.34 |
-//! | level 1, long, window of 32 MiB, as harmonia 3.2 | 4.4 | 3.20 |
-//! | level 1, long, other tables, as here | 4.1 | 3.22 |
+//! | | programs and headers | gcc | Python | rustc |
+//! |---|---|---|---|---|
+//! | level 3, no long distance | 7.2, 3.11 | 6.8, 2.85 | 6.4, 3.61 | 6.4, 2.68 |
+//! | level 1, long distance, zstd's own tables, as harmonia 3.2 | 3.5, 3.90 | 5.1, 2.67 | 4.9, 3.64 | 5.2, 2.43 |
+//! | level 1, long distance, as here | 3.8, 3.96 | 3.9, 2.71 | 3.6, 3.66 | 4.1, 2.49 |
+//! | the same with a window of 8 MiB | 5.5, 3.00 | 4.2, 2.67 | 4.5, 3.39 | 4.6, 2.48 |
 
 use std::cell::RefCell;
 use std::io::{self, Write as _};
@@ -30,7 +29,8 @@ use super::compression::Encoding;
 pub struct Levels {
     /// zstd, 1 to 19; `None`: 3, and less for a large NAR, where the longer window makes good for it.
     ///
-    /// Memory of one transfer of a large NAR, batches included: 11 MiB (1 to 3), 23 MiB (9), 93 MiB (19).
+    /// Memory of one transfer of a large NAR with the long window, batches included: 38 MiB (1 to 3), 50 MiB (9),
+    /// 120 MiB (19); with the short one 24 MiB less.
     pub zstd: Option<i32>,
     /// xz, 0 to 9; likewise: 4 MiB (0), 9 MiB (1), 95 MiB (6), 674 MiB (9).
     pub xz: u32,
@@ -77,25 +77,53 @@ impl Default for Levels {
     }
 }
 
-/// Tells whether a NAR fills more than zstd's longest window.
+/// Tells whether zstd looks far back in a NAR of so many bytes.
 pub(super) const fn is_large(nar_size: u64) -> bool {
-    nar_size > 1 << WINDOW_LOG
+    nar_size > 1 << Window::Short.log()
+}
+
+/// How far zstd looks back in a large NAR; no decoder asks for leave below 128 MiB.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Window {
+    /// 32 MiB.
+    Long,
+    /// 8 MiB, where there is no memory for more.
+    Short,
+}
+
+impl Window {
+    /// Returns the base-2 logarithm of its bytes.
+    const fn log(self) -> u32 {
+        match self {
+            Self::Long => 25,
+            Self::Short => 23,
+        }
+    }
 }
 
 impl Compressor {
     /// Starts the encoder of a NAR of `nar_size` bytes; `None` where there is nothing to encode.
     ///
-    /// Levels outside of [`Levels::ZSTD`] and [`Levels::XZ`] are moved to the nearest inside.
-    pub fn new(encoding: Encoding, levels: Levels, nar_size: u64) -> io::Result<Option<Self>> {
+    /// Levels outside of [`Levels::ZSTD`] and [`Levels::XZ`] are moved to the nearest inside. The window is for a
+    /// large NAR.
+    pub fn new(
+        encoding: Encoding,
+        levels: Levels,
+        nar_size: u64,
+        window: Window,
+    ) -> io::Result<Option<Self>> {
         Ok(match encoding {
             Encoding::None => None,
             Encoding::Zstd => {
                 let mut encoder = ZstdEncoder::new(Vec::new(), levels.zstd_for(nar_size))?;
                 if is_large(nar_size) {
                     encoder.long_distance_matching(true)?;
-                    encoder.window_log(WINDOW_LOG)?;
+                    encoder.window_log(window.log())?;
+                    for parameter in FAR_TABLE {
+                        encoder.set_parameter(parameter)?;
+                    }
                     if levels.zstd.is_none() {
-                        for parameter in LARGE_TABLES {
+                        for parameter in NEAR_TABLE {
                             encoder.set_parameter(parameter)?;
                         }
                     }
@@ -165,17 +193,11 @@ pub fn encode_small(encoding: Encoding, levels: Levels, nar: &[u8]) -> io::Resul
 /// Of the level at which a NAR is encoded that is not large.
 const SMALL_LEVEL: i32 = 3;
 
-/// What becomes of level 1 for a large NAR: matches of 6 bytes, not 7, with tables of 64 KiB for near ones and of
-/// 256 KiB for far ones.
-const LARGE_TABLES: [CParameter; 3] = [
-    CParameter::MinMatch(6),
-    CParameter::HashLog(14),
-    CParameter::LdmHashLog(15),
-];
+/// Of 2^8 places of a large NAR one is noted, in a table of 512 KiB: enough for the long window.
+const FAR_TABLE: [CParameter; 2] = [CParameter::LdmHashLog(16), CParameter::LdmHashRateLog(8)];
 
-/// Base-2 logarithm of the bytes that matches may lie apart in a large NAR, 8 MiB: no decoder asks for leave
-/// below 128 MiB, and levels up to 19 have no longer one of their own.
-const WINDOW_LOG: u32 = 23;
+/// What becomes of level 1 for a large NAR: near matches of 6 bytes, not 7, and a table of 64 KiB.
+const NEAR_TABLE: [CParameter; 2] = [CParameter::MinMatch(6), CParameter::HashLog(14)];
 
 thread_local! {
     /// The encoder of this thread, and its level.
@@ -220,7 +242,8 @@ mod tests {
                 zstd: Some(3),
                 xz: 1,
             };
-            let other = Compressor::new(Encoding::Zstd, levels, nar.len() as u64);
+            let size = nar.len() as u64;
+            let other = Compressor::new(Encoding::Zstd, levels, size, Window::Short);
             let mut other = other.unwrap().unwrap();
             other.write(nar).unwrap();
             assert_eq!(&other.finish().unwrap(), file);
@@ -230,9 +253,45 @@ mod tests {
     }
 
     #[test]
+    fn a_large_nar_is_searched_for_matches_that_lie_far_apart() {
+        // Nothing of it comes twice but all of it, so many bytes later.
+        let mut state = 1_u64;
+        let mut random = || {
+            state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+            state.to_be_bytes()[0]
+        };
+        let part: Vec<u8> = (0..20 << 20).map(|_| random()).collect();
+        for (window, apart) in [(Window::Short, 5 << 20), (Window::Long, 20 << 20)] {
+            let nar = [&part[..apart], &part[..apart]].concat();
+            for zstd in [None, Some(1), Some(3), Some(9)] {
+                let levels = Levels { zstd, xz: 1 };
+                let size = nar.len() as u64;
+                let encoder = Compressor::new(Encoding::Zstd, levels, size, window);
+                let mut encoder = encoder.unwrap().unwrap();
+                for chunk in nar.chunks(300_000) {
+                    encoder.write(chunk).unwrap();
+                }
+                let file = encoder.finish().unwrap();
+                assert!(
+                    file.len() < apart / 16 * 17,
+                    "{window:?} {zstd:?}: {}",
+                    file.len()
+                );
+                // As a decoder that has room for no more of the past.
+                let mut decoder = zstd::stream::read::Decoder::new(&file[..]).unwrap();
+                decoder.window_log_max(window.log()).unwrap();
+                let mut read = Vec::new();
+                io::copy(&mut decoder, &mut read).unwrap();
+                assert!(read == nar, "{window:?} {zstd:?}");
+            }
+        }
+    }
+
+    #[test]
     fn a_wrong_promise_of_size_is_no_frame() {
         for actual in [9, 11] {
-            let zstd = Compressor::new(Encoding::Zstd, Levels::default(), 10);
+            let levels = Levels::default();
+            let zstd = Compressor::new(Encoding::Zstd, levels, 10, Window::Short);
             let mut zstd = zstd.unwrap().unwrap();
             let written = zstd.write(&vec![0; actual]).and_then(|()| zstd.finish());
             assert!(written.is_err(), "{actual}");
@@ -247,7 +306,8 @@ mod tests {
                 xz,
             };
             for encoding in [Encoding::Zstd, Encoding::Xz] {
-                assert!(Compressor::new(encoding, levels, 1).unwrap().is_some());
+                let encoder = Compressor::new(encoding, levels, 1, Window::Short);
+                assert!(encoder.unwrap().is_some());
             }
         }
     }
