@@ -809,8 +809,8 @@ async fn a_resumed_download_is_the_same_file_or_none() {
     let dir = tempfile::tempdir().unwrap();
     let a = Scripted::new("a");
     let (mut info, _) = path(1, 1, &[]);
-    // Something of which each level makes other bytes.
-    let lines = (0..900_000_u32).map(|n| format!("{}\n", n.wrapping_mul(2_654_435_761) >> 8));
+    // Something large, of which each level makes other bytes.
+    let lines = (0..1_200_000_u32).map(|n| format!("{}\n", n.wrapping_mul(2_654_435_761) >> 8));
     let nar = Bytes::from(lines.collect::<String>());
     (info.nar_hash, info.nar_size) = (muster::nix::hash::NarHash::of(&nar), nar.len() as u64);
     a.add(&info, &nar);

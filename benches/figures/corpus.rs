@@ -80,5 +80,5 @@ const HEADERS_PART: u64 = 5;
 /// Of one file at most: no single one decides.
 const SLICE: u64 = 16 << 20;
 
-/// Much farther than zstd looks back at level 3, which is 2 MiB: what comes again helps it not.
-const REPEATED_AFTER: u64 = 16 << 20;
+/// Farther than any of those who compress it looks back, which is 32 MiB: what comes again helps nobody.
+const REPEATED_AFTER: u64 = 64 << 20;

@@ -1,8 +1,8 @@
 //! The compressions that NARs are served in, made on their way to a client off the async threads.
 //!
-//! A NAR is encoded in batches of about 256 KiB, a large one in batches of 1 MiB. Each batch is one `spawn_blocking` that takes the encoder's
-//! state along and gives it back, and holds one of a fixed number of permits meanwhile. So a client
-//! that reads slowly occupies neither thread nor permit, and a transfer never holds more than:
+//! A NAR is encoded in batches of about 256 KiB, zstd of a large one in batches of 1 MiB. Each batch is one
+//! `spawn_blocking` that takes the encoder's state along and gives it back, and holds one of a fixed number of permits
+//! meanwhile. So a client that reads slowly occupies neither thread nor permit, and a transfer never holds more than:
 //! one batch being encoded, one being gathered, two encoded and unread, and the encoder's state.
 //! A tiny NAR is encoded where it is: the change of threads takes longer.
 //!
@@ -21,9 +21,9 @@ use std::task::{Context, Poll, ready};
 use bytes::Bytes;
 use futures_util::future::{BoxFuture, FutureExt as _};
 use futures_util::stream::{Stream, StreamExt as _};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 
-use super::compressor::{Compressor, Levels, Window, encode_small, is_large};
+use super::compressor::{Compressor, Levels, encode_small, is_large};
 use crate::nix::narinfo::Compression;
 
 /// How a NAR is served.
@@ -103,8 +103,6 @@ impl Default for EncoderOptions {
 #[derive(Clone, Debug)]
 pub struct Encoder {
     permits: Arc<Semaphore>,
-    /// Large NARs that may have the long window.
-    windows: Arc<Semaphore>,
     levels: Levels,
 }
 
@@ -124,7 +122,6 @@ impl Encoder {
     pub fn new(options: EncoderOptions) -> Self {
         Self {
             permits: Arc::new(Semaphore::new(options.concurrent.clamp(1, CONCURRENT_MAX))),
-            windows: Arc::new(Semaphore::new(LONG_WINDOWS_MAX)),
             levels: Levels {
                 zstd: options.zstd_level,
                 xz: options.xz_level,
@@ -142,16 +139,14 @@ impl Encoder {
         S: Stream<Item = Result<Bytes, E>> + Unpin,
     {
         let large = encoding == Encoding::Zstd && is_large(nar_size);
-        let window = large.then(|| Arc::clone(&self.windows).try_acquire_owned().ok());
         EncodedNar {
             source: source.fuse(),
             encoder: self.clone(),
-            long_window: window.flatten(),
             stage: match encoding {
                 Encoding::None => Stage::Plain,
                 Encoding::Zstd | Encoding::Xz => Stage::Start(encoding, nar_size),
             },
-            batch_bytes: match is_large(nar_size) {
+            batch_bytes: match large {
                 true => BATCH_BYTES_LARGE,
                 false => BATCH_BYTES,
             },
@@ -178,9 +173,7 @@ impl Encoder {
             return Ok(exact(file));
         }
         let work = move || {
-            let size = nar.len() as u64;
-            let compressor = Compressor::new(encoding, levels, size, Window::Short)?;
-            let Some(mut compressor) = compressor else {
+            let Some(mut compressor) = Compressor::new(encoding, levels, nar.len() as u64)? else {
                 return Ok(nar);
             };
             compressor.write(&nar)?;
@@ -214,8 +207,6 @@ fn exact(mut file: Vec<u8>) -> Bytes {
 pub struct EncodedNar<S> {
     source: futures_util::stream::Fuse<S>,
     encoder: Encoder,
-    /// Held where zstd has the long window.
-    long_window: Option<OwnedSemaphorePermit>,
     stage: Stage,
     batch_bytes: usize,
     /// The next batch.
@@ -303,15 +294,9 @@ where
         let last = self.source_ended;
         let encoder = self.encoder.clone();
         let levels = encoder.levels;
-        let window = match self.long_window {
-            Some(_) => Window::Long,
-            None => Window::Short,
-        };
         let work = move || {
             let compressor = match stage {
-                Stage::Start(encoding, nar_size) => {
-                    Compressor::new(encoding, levels, nar_size, window)?
-                }
+                Stage::Start(encoding, nar_size) => Compressor::new(encoding, levels, nar_size)?,
                 Stage::Idle(compressor) => Some(compressor),
                 Stage::Plain | Stage::Busy(_) | Stage::Over => None,
             };
@@ -377,7 +362,7 @@ where
     }
 }
 
-/// Bytes encoded at one go: about 2 ms of zstd 2, against some 10 µs for the change of threads.
+/// Bytes encoded at one go: about 2 ms of zstd 3, against some 10 µs for the change of threads.
 const BATCH_BYTES: usize = 256 << 10;
 
 /// The same where memory is taken for a long window anyway.
@@ -385,10 +370,6 @@ const BATCH_BYTES_LARGE: usize = 1 << 20;
 
 /// NARs up to this size are encoded where they are, if the level is quick: some 100 µs.
 const AT_ONCE_BYTES_MAX: usize = 32 << 10;
-
-/// Large NARs at once in which zstd looks back 32 MiB and not 8: 192 MiB more of memory at the most. One that
-/// comes beside so many is another file, as with another level.
-const LONG_WINDOWS_MAX: usize = 8;
 
 /// More than any machine has processors; keeps a typing error from the semaphore.
 const CONCURRENT_MAX: usize = 1024;

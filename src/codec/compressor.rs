@@ -1,18 +1,18 @@
 //! The encoder of one NAR, step by step.
 //!
 //! It turns the bytes of one NAR, in order, into one zstd frame with content size and checksum, or one xz
-//! stream of one block with CRC-64. It is slow (zstd 2: about 150 MB/s; xz 1: 46 MB/s of programs, 3 MB/s of
-//! random bytes): call it from a blocking thread, as [`super::compression`] does. Formats: RFC 8878 (zstd) and "The .xz File Format".
+//! stream of one block with CRC-64. It is slow (zstd: 150 to 250 MB/s of programs; xz 1: 46 MB/s, 3 MB/s of random
+//! bytes): call it from a blocking thread, as [`super::compression`] does. Formats: RFC 8878 (zstd) and "The .xz File
+//! Format".
 //!
-//! In a large NAR zstd looks for matches far apart (long-distance matching), and by default with tables that stay in
-//! a processor's own cache. CPU of one thread in s/GB, and how much smaller the data gets:
+//! In a large NAR zstd looks 32 MiB back for what came before (long-distance matching), and by default at a quick
+//! level. CPU of one thread in s/GB, and how much smaller the data gets:
 //!
 //! | | programs and headers | gcc | Python | rustc |
 //! |---|---|---|---|---|
 //! | level 3, no long distance | 7.2, 3.11 | 6.8, 2.85 | 6.4, 3.61 | 6.4, 2.68 |
-//! | level 1, long distance, zstd's own tables, as harmonia 3.2 | 3.5, 3.90 | 5.1, 2.67 | 4.9, 3.64 | 5.2, 2.43 |
+//! | level 1, long distance, zstd's own way, as harmonia 3.2 | 3.5, 3.90 | 5.1, 2.67 | 4.9, 3.64 | 5.2, 2.43 |
 //! | level 1, long distance, as here | 3.8, 3.96 | 3.9, 2.71 | 3.6, 3.66 | 4.1, 2.49 |
-//! | the same with a window of 8 MiB | 5.5, 3.00 | 4.2, 2.67 | 4.5, 3.39 | 4.6, 2.48 |
 
 use std::cell::RefCell;
 use std::io::{self, Write as _};
@@ -27,10 +27,12 @@ use super::compression::Encoding;
 /// How hard the encoders try.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Levels {
-    /// zstd, 1 to 19; `None`: 3, and less for a large NAR, where the longer window makes good for it.
+    /// zstd, 1 to 19; `None`: 3, and 1 for a large NAR, of which it makes up to a tenth more, or less where much
+    /// comes again, in some six tenths of the time.
     ///
-    /// Memory of one transfer of a large NAR with the long window, batches included: 38 MiB (1 to 3), 50 MiB (9),
-    /// 120 MiB (19); with the short one 24 MiB less.
+    /// Memory of one transfer, batches included: 3 MiB (1), 4 MiB (3), 15 MiB (9), 90 MiB (19); of a large NAR
+    /// 38 MiB (1 to 3), 50 MiB (9), 120 MiB (19). How many there are at once is bounded by what their holders are
+    /// asked for at once.
     pub zstd: Option<i32>,
     /// xz, 0 to 9; likewise: 4 MiB (0), 9 MiB (1), 95 MiB (6), 674 MiB (9).
     pub xz: u32,
@@ -79,53 +81,27 @@ impl Default for Levels {
 
 /// Tells whether zstd looks far back in a NAR of so many bytes.
 pub(super) const fn is_large(nar_size: u64) -> bool {
-    nar_size > 1 << Window::Short.log()
-}
-
-/// How far zstd looks back in a large NAR; no decoder asks for leave below 128 MiB.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Window {
-    /// 32 MiB.
-    Long,
-    /// 8 MiB, where there is no memory for more.
-    Short,
-}
-
-impl Window {
-    /// Returns the base-2 logarithm of its bytes.
-    const fn log(self) -> u32 {
-        match self {
-            Self::Long => 25,
-            Self::Short => 23,
-        }
-    }
+    nar_size > LARGE_BYTES
 }
 
 impl Compressor {
     /// Starts the encoder of a NAR of `nar_size` bytes; `None` where there is nothing to encode.
     ///
-    /// Levels outside of [`Levels::ZSTD`] and [`Levels::XZ`] are moved to the nearest inside. The window is for a
-    /// large NAR.
-    pub fn new(
-        encoding: Encoding,
-        levels: Levels,
-        nar_size: u64,
-        window: Window,
-    ) -> io::Result<Option<Self>> {
+    /// Levels outside of [`Levels::ZSTD`] and [`Levels::XZ`] are moved to the nearest inside.
+    pub fn new(encoding: Encoding, levels: Levels, nar_size: u64) -> io::Result<Option<Self>> {
         Ok(match encoding {
             Encoding::None => None,
             Encoding::Zstd => {
                 let mut encoder = ZstdEncoder::new(Vec::new(), levels.zstd_for(nar_size))?;
                 if is_large(nar_size) {
                     encoder.long_distance_matching(true)?;
-                    encoder.window_log(window.log())?;
-                    for parameter in FAR_TABLE {
-                        encoder.set_parameter(parameter)?;
-                    }
+                    encoder.window_log(WINDOW_LOG)?;
+                    // One place of 2^8 is noted, in a table of 512 KiB: zstd's own takes longer than it gains.
+                    encoder.set_parameter(CParameter::LdmHashRateLog(8))?;
+                    encoder.set_parameter(CParameter::LdmHashLog(16))?;
                     if levels.zstd.is_none() {
-                        for parameter in NEAR_TABLE {
-                            encoder.set_parameter(parameter)?;
-                        }
+                        // Level 1 has 7, and finds less in no less time.
+                        encoder.set_parameter(CParameter::MinMatch(6))?;
                     }
                 }
                 encoder.include_checksum(true)?;
@@ -193,11 +169,12 @@ pub fn encode_small(encoding: Encoding, levels: Levels, nar: &[u8]) -> io::Resul
 /// Of the level at which a NAR is encoded that is not large.
 const SMALL_LEVEL: i32 = 3;
 
-/// Of 2^8 places of a large NAR one is noted, in a table of 512 KiB: enough for the long window.
-const FAR_TABLE: [CParameter; 2] = [CParameter::LdmHashLog(16), CParameter::LdmHashRateLog(8)];
+/// A NAR of more bytes is large.
+const LARGE_BYTES: u64 = 8 << 20;
 
-/// What becomes of level 1 for a large NAR: near matches of 6 bytes, not 7, and a table of 64 KiB.
-const NEAR_TABLE: [CParameter; 2] = [CParameter::MinMatch(6), CParameter::HashLog(14)];
+/// Base-2 logarithm of the bytes that zstd looks back in a large NAR: 32 MiB. zstd(1) and libarchive, with which Nix
+/// reads, take up to 128 MiB.
+const WINDOW_LOG: u32 = 25;
 
 thread_local! {
     /// The encoder of this thread, and its level.
@@ -243,7 +220,7 @@ mod tests {
                 xz: 1,
             };
             let size = nar.len() as u64;
-            let other = Compressor::new(Encoding::Zstd, levels, size, Window::Short);
+            let other = Compressor::new(Encoding::Zstd, levels, size);
             let mut other = other.unwrap().unwrap();
             other.write(nar).unwrap();
             assert_eq!(&other.finish().unwrap(), file);
@@ -260,30 +237,24 @@ mod tests {
             state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
             state.to_be_bytes()[0]
         };
-        let part: Vec<u8> = (0..20 << 20).map(|_| random()).collect();
-        for (window, apart) in [(Window::Short, 5 << 20), (Window::Long, 20 << 20)] {
-            let nar = [&part[..apart], &part[..apart]].concat();
-            for zstd in [None, Some(1), Some(3), Some(9)] {
-                let levels = Levels { zstd, xz: 1 };
-                let size = nar.len() as u64;
-                let encoder = Compressor::new(Encoding::Zstd, levels, size, window);
-                let mut encoder = encoder.unwrap().unwrap();
-                for chunk in nar.chunks(300_000) {
-                    encoder.write(chunk).unwrap();
-                }
-                let file = encoder.finish().unwrap();
-                assert!(
-                    file.len() < apart / 16 * 17,
-                    "{window:?} {zstd:?}: {}",
-                    file.len()
-                );
-                // As a decoder that has room for no more of the past.
-                let mut decoder = zstd::stream::read::Decoder::new(&file[..]).unwrap();
-                decoder.window_log_max(window.log()).unwrap();
-                let mut read = Vec::new();
-                io::copy(&mut decoder, &mut read).unwrap();
-                assert!(read == nar, "{window:?} {zstd:?}");
+        let apart = 20 << 20;
+        let part: Vec<u8> = (0..apart).map(|_| random()).collect();
+        let nar = [&part[..], &part[..]].concat();
+        for zstd in [None, Some(1), Some(3), Some(9)] {
+            let levels = Levels { zstd, xz: 1 };
+            let encoder = Compressor::new(Encoding::Zstd, levels, nar.len() as u64);
+            let mut encoder = encoder.unwrap().unwrap();
+            for chunk in nar.chunks(300_000) {
+                encoder.write(chunk).unwrap();
             }
+            let file = encoder.finish().unwrap();
+            assert!(file.len() < apart / 16 * 17, "{zstd:?}: {}", file.len());
+            // As a decoder that has room for no more of the past.
+            let mut decoder = zstd::stream::read::Decoder::new(&file[..]).unwrap();
+            decoder.window_log_max(WINDOW_LOG).unwrap();
+            let mut read = Vec::new();
+            io::copy(&mut decoder, &mut read).unwrap();
+            assert!(read == nar, "{zstd:?}");
         }
     }
 
@@ -291,7 +262,7 @@ mod tests {
     fn a_wrong_promise_of_size_is_no_frame() {
         for actual in [9, 11] {
             let levels = Levels::default();
-            let zstd = Compressor::new(Encoding::Zstd, levels, 10, Window::Short);
+            let zstd = Compressor::new(Encoding::Zstd, levels, 10);
             let mut zstd = zstd.unwrap().unwrap();
             let written = zstd.write(&vec![0; actual]).and_then(|()| zstd.finish());
             assert!(written.is_err(), "{actual}");
@@ -306,7 +277,7 @@ mod tests {
                 xz,
             };
             for encoding in [Encoding::Zstd, Encoding::Xz] {
-                let encoder = Compressor::new(encoding, levels, 1, Window::Short);
+                let encoder = Compressor::new(encoding, levels, 1);
                 assert!(encoder.unwrap().is_some());
             }
         }

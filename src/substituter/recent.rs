@@ -70,7 +70,8 @@ impl Recent {
     }
 }
 
-/// What is held of each file while it grows: more than one batch that is being written and one that was.
+/// What is held of each file while it grows: more than one batch that is being written and one that was,
+/// as long as they were compressed.
 const BYTES_MIN: u64 = 2 << 20;
 
 #[cfg(test)]
