@@ -130,6 +130,30 @@ async fn equal_nars_become_equal_bytes_however_they_come() {
     }
 }
 
+/// A client whose file cannot be kept is given it anew, and would be cut if that came out otherwise.
+#[tokio::test]
+async fn a_large_nar_becomes_the_same_bytes_beside_many_others() {
+    for size in [8 << 20, (8 << 20) + 1, 40_000_003] {
+        let nar = nar(size);
+        let first = encode(Encoding::Zstd, &nar, 3_000_000).await;
+        let shared = encoder();
+        let at_once: Vec<_> = [70_001, 262_144, 1 << 20]
+            .into_iter()
+            .cycle()
+            .take(12)
+            .map(|chunk| {
+                let source = chunks(&nar, chunk);
+                shared.encode_stream(Encoding::Zstd, size as u64, source)
+            })
+            .collect();
+        let all = at_once.into_iter().map(TryConcatBytes::try_concat_bytes);
+        for encoded in futures_util::future::join_all(all).await {
+            assert!(encoded.unwrap() == first, "{size}");
+        }
+        assert!(decode(Encoding::Zstd, &first).unwrap() == nar, "{size}");
+    }
+}
+
 #[tokio::test]
 async fn a_source_that_fails_leaves_a_frame_without_end() {
     let nar = nar(3_000_000);
