@@ -368,7 +368,7 @@ const BATCH_BYTES: usize = 256 << 10;
 /// The same where memory is taken for a long window anyway.
 const BATCH_BYTES_LARGE: usize = 1 << 20;
 
-/// NARs up to this size are encoded where they are, if the level is quick: some 100 µs.
+/// NARs up to this size are encoded where they are, if the level is quick: some 200 µs at most.
 const AT_ONCE_BYTES_MAX: usize = 32 << 10;
 
 /// More than any machine has processors; keeps a typing error from the semaphore.

@@ -52,7 +52,7 @@ impl Levels {
     /// Levels that xz may have.
     pub const XZ: RangeInclusive<u32> = 0..=9;
 
-    /// Tells whether the encoder takes less than 4 ns for a byte.
+    /// Tells whether the encoder takes some nanoseconds for a byte, and not tens.
     pub(super) fn are_quick(self, encoding: Encoding) -> bool {
         match encoding {
             Encoding::None => true,
@@ -219,8 +219,7 @@ mod tests {
                 zstd: Some(3),
                 xz: 1,
             };
-            let size = nar.len() as u64;
-            let other = Compressor::new(Encoding::Zstd, levels, size);
+            let other = Compressor::new(Encoding::Zstd, levels, nar.len() as u64);
             let mut other = other.unwrap().unwrap();
             other.write(nar).unwrap();
             assert_eq!(&other.finish().unwrap(), file);
@@ -261,8 +260,7 @@ mod tests {
     #[test]
     fn a_wrong_promise_of_size_is_no_frame() {
         for actual in [9, 11] {
-            let levels = Levels::default();
-            let zstd = Compressor::new(Encoding::Zstd, levels, 10);
+            let zstd = Compressor::new(Encoding::Zstd, Levels::default(), 10);
             let mut zstd = zstd.unwrap().unwrap();
             let written = zstd.write(&vec![0; actual]).and_then(|()| zstd.finish());
             assert!(written.is_err(), "{actual}");
@@ -277,8 +275,7 @@ mod tests {
                 xz,
             };
             for encoding in [Encoding::Zstd, Encoding::Xz] {
-                let encoder = Compressor::new(encoding, levels, 1);
-                assert!(encoder.unwrap().is_some());
+                assert!(Compressor::new(encoding, levels, 1).unwrap().is_some());
             }
         }
     }

@@ -123,11 +123,12 @@ impl Queue {
             if waiting.droppable >= self.droppable_max {
                 return false;
             }
+            let was_full = self.is_full(&waiting);
             waiting.droppable += 1;
             let hash = record.info.path.hash();
             *waiting.look_ups.entry(hash).or_default() += 1;
             // One more while some gather changes nothing: to wake a thread takes longer than to list a look-up.
-            wake = waiting.tasks.is_empty() || self.is_full(&waiting);
+            wake = waiting.tasks.is_empty() || self.is_full(&waiting) != was_full;
         }
         waiting.tasks.push_back(task);
         if wake {
@@ -241,16 +242,63 @@ impl Queue {
     }
 }
 
-/// How long look-ups wait for more of their kind: each write of the index costs a sync.
-const GATHER: Duration = Duration::from_millis(200);
+/// How long look-ups wait for more of their kind: each write of the index costs a sync, and time of a processor that
+/// a client whose closure they are of has a better use for. What is lost with the machine is asked for again.
+const GATHER: Duration = Duration::from_secs(1);
 /// Tasks that may wait before the background pass does.
 const PATIENT_MAX: usize = 256;
 
 #[cfg(test)]
 mod tests {
+    use std::thread;
     use std::time::Instant;
 
     use super::*;
+    use crate::nix::path_info::PathInfo;
+
+    fn look_up(number: u8) -> Task {
+        let hash = StorePathHash([number; 20]);
+        Task::Remember(Box::new(Record {
+            info: PathInfo {
+                path: format!("{hash}-p").parse().unwrap(),
+                nar_hash: NarHash([number; 32]),
+                nar_size: 1,
+                references: vec![],
+                deriver: None,
+                signatures: vec![],
+                ca: None,
+            },
+            grounds: vec![],
+            file: None,
+        }))
+    }
+
+    #[test]
+    fn look_ups_gather_until_half_of_the_places_are_taken_or_something_urgent_comes() {
+        let forget = || Task::Forget(StorePathHash([3; 20]));
+        for (places, third) in [(4, look_up(3)), (100, forget())] {
+            let queue = Queue::new(places);
+            thread::scope(|scope| {
+                let writer = scope.spawn(|| {
+                    let batch = queue.take(Duration::from_secs(60));
+                    (batch.tasks.len(), Instant::now())
+                });
+                let begun = Instant::now();
+                assert!(queue.push(look_up(1)) && queue.push(look_up(2)));
+                thread::sleep(GATHER / 4);
+                assert!(queue.push(third));
+                let pushed = Instant::now();
+                let (count, taken) = writer.join().unwrap();
+                assert_eq!(count, 3, "taken after {:?}", taken - begun);
+                assert!(taken < pushed + GATHER / 4, "{places}");
+            });
+        }
+        let queue = Queue::new(100);
+        let begun = Instant::now();
+        assert!(queue.push(look_up(1)) && queue.push(look_up(2)));
+        assert_eq!(queue.take(Duration::from_secs(60)).tasks.len(), 2);
+        assert!(begun.elapsed() >= GATHER);
+    }
 
     #[test]
     fn urgent_tasks_come_at_once_and_none_after_the_stop() {
