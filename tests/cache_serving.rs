@@ -11,12 +11,14 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::future::join_all;
 use muster::cache::backend::Backend;
 use muster::cache::disk::{self, DiskCache};
 use muster::cache::memory_backend::MemoryBackend;
 use muster::cache::nar_name::NarName;
 use muster::cache::stamp::Content;
 use muster::codec::compression::Encoding;
+use muster::nix::hash::NarHash;
 use muster::nix::narinfo::{Compression, NarInfo};
 use muster::nix::path_info::{PathInfo, Trust};
 use muster::nix::store_path::StoreDir;
@@ -26,6 +28,7 @@ use sha2::{Digest as _, Sha256};
 use support::*;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, TcpStream};
+use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
 
 /// Small, and larger than what is read whole before the first byte.
@@ -408,7 +411,7 @@ async fn clients_share_one_fill_in_every_form() {
         format!("{plain}.zst"),
     ];
     let fetched = targets.iter().map(|target| get(served.address, target));
-    let answers = futures_util::future::join_all(fetched).await;
+    let answers = join_all(fetched).await;
     for (target, answer) in targets.iter().zip(answers) {
         assert!(!answer.cut, "{target}");
         let body = match target.ends_with("zst") {
@@ -648,6 +651,64 @@ async fn a_cache_that_cannot_be_written_makes_no_client_fail() {
         }
         assert_eq!(backend.stats().bytes_reserved, 0);
     }
+}
+
+/// A builder gives some at a time; each client that goes on without the cache asks for one.
+#[tokio::test(flavor = "multi_thread")]
+async fn many_clients_of_one_large_nar_outlive_a_cache_that_is_full() {
+    let a = Scripted::new("a");
+    *a.nars_max.lock().unwrap() = Some(Arc::new(Semaphore::new(8)));
+    let (mut info, nar) = path(1, 12 << 20, &[]);
+    let mut nar = nar.to_vec();
+    for half in nar.chunks_mut(8 << 10) {
+        let middle = half.len() / 2;
+        half[middle..].fill(0);
+    }
+    info.nar_hash = NarHash::of(&nar);
+    a.add(&info, &Bytes::from(nar.clone()));
+    let backend: Arc<dyn Backend> = Arc::new(MemoryBackend::new(3 << 20));
+    let served = serve(over(std::slice::from_ref(&a), &backend)).await;
+    let plain = nar_target(&get(served.address, &narinfo_target(&info)).await);
+    let targets = [format!("{plain}.zst"), plain];
+    let clients = (0..24).map(|number| get(served.address, &targets[number % 2]));
+    for (number, answer) in join_all(clients).await.into_iter().enumerate() {
+        assert!(!answer.cut, "client {number}");
+        let body = match number % 2 {
+            0 => unzstd(&answer.body),
+            _ => answer.body,
+        };
+        assert!(body == nar, "client {number}");
+    }
+    assert_eq!(backend.stats().bytes_reserved, 0);
+}
+
+/// Each of them takes memory for what its decoder looks back on.
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_that_stop_in_a_large_kept_nar_do_not_keep_it_from_others() {
+    let a = Scripted::new("a");
+    let (info, nar) = path(1, 12 << 20, &[]);
+    a.add(&info, &nar);
+    let mut patient = server_options();
+    patient.write_stall = Duration::from_secs(300);
+    let substituter = over(std::slice::from_ref(&a), &memory());
+    let served = serve_with(substituter, patient).await.0;
+    let plain = nar_target(&get(served.address, &narinfo_target(&info)).await);
+    assert_eq!(get(served.address, &plain).await.body, nar);
+    kept(served.address, &info).await;
+    a.down();
+    let asked = std::time::Instant::now();
+    let stopping = (0..20).map(|_| stopped(served.address, &plain));
+    let stopped = timeout(Duration::from_secs(60), join_all(stopping)).await;
+    // There is room for sixteen, which make room when they have read nothing for long.
+    assert!(asked.elapsed() > Duration::from_secs(10));
+    let last = get(served.address, &plain).await;
+    assert!(last.body == nar);
+    for (number, mut client) in stopped.expect("heads").into_iter().enumerate() {
+        let mut body = Vec::new();
+        client.read_to_end(&mut body).await.unwrap();
+        assert!(body == nar, "client {number}");
+    }
+    assert_eq!(a.nars.load(Ordering::Relaxed), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]

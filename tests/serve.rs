@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{BufRead as _, BufReader};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
@@ -216,16 +216,17 @@ fn cache_of(address: &str) -> serde_json::Value {
     report["cache"].take()
 }
 
+/// What has a muster listen on a free port and keep NARs in a folder.
+fn keeping_in(folder: &Path) -> [&str; 4] {
+    let folder = folder.to_str().unwrap();
+    ["--listen", "127.0.0.1:0", "--cache-dir", folder]
+}
+
 #[test]
 fn ten_gib_are_kept_by_default_and_with_a_size_of_0_there_is_no_folder() {
     let place = Place::new();
     let folder = place.path("cache");
-    let dir = [
-        "--listen",
-        "127.0.0.1:0",
-        "--cache-dir",
-        folder.to_str().unwrap(),
-    ];
+    let dir = keeping_in(&folder);
     let muster = place.serve(&[&dir[..], &["--cache-size", "0"]].concat());
     let address = muster.addresses().remove(0);
     assert!(answers(&address));
@@ -243,12 +244,7 @@ fn ten_gib_are_kept_by_default_and_with_a_size_of_0_there_is_no_folder() {
 fn files_of_others_in_the_cache_are_left_alone_and_said_at_each_start() {
     let place = Place::new();
     let folder = place.path("cache");
-    let dir = [
-        "--listen",
-        "127.0.0.1:0",
-        "--cache-dir",
-        folder.to_str().unwrap(),
-    ];
+    let dir = keeping_in(&folder);
     // Made in good order first.
     place.serve(&dir).addresses();
     let hash = "0".repeat(32);

@@ -17,8 +17,9 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures_util::stream::{self, Stream, StreamExt as _};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use super::compressor::is_large;
 use super::decompressor::Decompressor;
 use crate::nix::narinfo::Compression;
 
@@ -26,7 +27,15 @@ use crate::nix::narinfo::Compression;
 #[derive(Clone, Debug)]
 pub struct Decoder {
     permits: Arc<Semaphore>,
+    /// Windows of 32 MiB.
+    windows: Arc<Semaphore>,
 }
+
+/// A place in memory for the decoder of a file that was made here; held as long as that is.
+#[derive(Debug)]
+pub struct Window(
+    #[expect(dead_code, reason = "it is there to be dropped")] Option<OwnedSemaphorePermit>,
+);
 
 /// Why a decoded stream broke off.
 #[derive(Debug, thiserror::Error)]
@@ -50,7 +59,17 @@ impl Decoder {
     pub fn new(concurrent: usize) -> Self {
         Self {
             permits: Arc::new(Semaphore::new(concurrent.clamp(1, CONCURRENT_MAX))),
+            windows: Arc::new(Semaphore::new(WINDOWS_MAX)),
         }
+    }
+
+    /// Waits until the file of a NAR of so many bytes, as [`super::compressor`] makes it, may be decoded: that
+    /// of a large one takes 32 MiB, for as long as its client reads.
+    pub async fn window(&self, nar_size: u64) -> Window {
+        Window(match is_large(nar_size) {
+            true => Arc::clone(&self.windows).acquire_owned().await.ok(),
+            false => None,
+        })
     }
 
     /// Decodes a stream while it is read; `None` for a compression that is not read here.
@@ -199,5 +218,29 @@ const QUICK_STEP_BYTES: usize = 128 << 10;
 /// Bytes that the others give out on a blocking thread: 1 to 10 ms, against some 10 µs for the change of threads.
 const SLOW_STEP_BYTES: usize = 256 << 10;
 
+/// Long windows of files made here that are in memory at once: half a GiB.
+const WINDOWS_MAX: usize = 16;
+
 /// More than any machine has processors; keeps a typing error from the semaphore.
 const CONCURRENT_MAX: usize = 1024;
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt as _;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn long_windows_wait_for_each_other_and_short_ones_for_nobody() {
+        let (decoder, large) = (Decoder::default(), 100 << 20);
+        let other = decoder.clone();
+        let mut windows = Vec::new();
+        for _ in 0..WINDOWS_MAX {
+            windows.push(decoder.window(large).await);
+        }
+        assert!(other.window(large).now_or_never().is_none());
+        assert!(other.window(1 << 20).now_or_never().is_some());
+        windows.pop();
+        assert!(other.window(large).now_or_never().is_some());
+    }
+}

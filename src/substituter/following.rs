@@ -197,8 +197,10 @@ impl Plain {
             }
             let file = client.follow(Arc::clone(&self.shared), self.url);
             let decoder = &self.shared.fillings.decoder;
+            let window = decoder.window(self.nar_size).await;
             let decoded = decoder.decode_stream(Compression::Zstd, file)?;
-            let named = decoded.map(|item| {
+            let named = decoded.map(move |item| {
+                let _held = &window;
                 item.map_err(|error| match error {
                     DecodeError::Source(error) => error,
                     DecodeError::Damaged { cause, .. } => Error::Corrupt {

@@ -21,7 +21,7 @@ use crate::cache::backend::{Backend, Ground, NarFile, OpenNar, Record};
 use crate::cache::memory::{Checked, Entry, Lookup, UpstreamId};
 use crate::cache::nar_name::NarName;
 use crate::cache::stamp::Content;
-use crate::codec::decompress::{DecodeError, Decoder};
+use crate::codec::decompress::{DecodeError, Decoder, Window};
 use crate::nix::hash::NarHash;
 use crate::nix::narinfo::Compression;
 use crate::nix::path_info::{PathInfo, Trust, Verified};
@@ -121,10 +121,11 @@ impl KeptNar {
     }
 
     /// Reads the NAR inside, unchecked; a damaged file is noted. Dropped, reading ends.
-    fn decode(self, decoder: &Decoder) -> Option<NarStream> {
+    fn decode(self, decoder: &Decoder, window: Window) -> Option<NarStream> {
         let file = read_file(Arc::clone(&self.nar.file), self.nar.size_bytes);
         let decoded = decoder.decode_stream(Compression::Zstd, file.boxed())?;
         let named = decoded.map_err(move |error| {
+            let _held = &window;
             let cause = match error {
                 DecodeError::Source(error) => error.to_string(),
                 DecodeError::Damaged { cause, .. } => cause.to_string(),
@@ -175,13 +176,14 @@ struct Holder {
 /// Makes the member that stands for the kept NARs.
 pub(super) fn member(
     backend: Arc<dyn Backend>,
+    decoder: Decoder,
     proving: Arc<Semaphore>,
     now: Instant,
 ) -> Arc<Member> {
     let peer = "kept NARs".into();
     let holder = Holder {
         backend,
-        decoder: Decoder::default(),
+        decoder,
         proving,
         link: watch::Sender::new(Link::Up { peer }),
     };
@@ -219,8 +221,11 @@ impl Upstream for Holder {
         let Some(kept) = kept else {
             return Ok(None);
         };
-        let proven = kept.proven(&self.proving).await;
-        Ok(proven.and_then(|kept| kept.decode(&self.decoder)))
+        let Some(kept) = kept.proven(&self.proving).await else {
+            return Ok(None);
+        };
+        let window = self.decoder.window(info.nar_size).await;
+        Ok(kept.decode(&self.decoder, window))
     }
 
     async fn keep(&self, _: &StorePath) -> Result<bool, upstream::Error> {

@@ -1,7 +1,7 @@
 //! The last bytes of a file that grows, for those who follow closely: they need not be read back.
 //!
 //! ```text
-//! file:  |———————— on disk alone ————————|—— recent, at least 2 MiB ——|
+//! file:  |———————— on disk alone ————————|—— recent, at least 3 MiB ——|
 //! ```
 //!
 //! Whoever lags further behind reads the file, and comes back here once it has caught up.
@@ -70,9 +70,9 @@ impl Recent {
     }
 }
 
-/// What is held of each file while it grows: more than one batch that is being written and one that was,
-/// as long as they were compressed.
-const BYTES_MIN: u64 = 2 << 20;
+/// What is held of each file while it grows: more than one batch that is being written and one that was, of a large
+/// NAR too, of which one that does not compress takes 1.25 MiB.
+const BYTES_MIN: u64 = 3 << 20;
 
 #[cfg(test)]
 mod tests {
@@ -83,22 +83,22 @@ mod tests {
         let recent = Recent::default();
         assert_eq!(recent.at(0, 1), None);
         let chunk = |value: u8| Bytes::from(vec![value; 1 << 20]);
-        recent.add(&[chunk(0), Bytes::new(), chunk(1)]);
-        recent.add(&[chunk(2), Bytes::from_static(b"abc")]);
+        recent.add(&[chunk(0), Bytes::new(), chunk(1), chunk(2)]);
+        recent.add(&[chunk(3), Bytes::from_static(b"abc")]);
         let mib = |count: u64| count << 20;
-        assert_eq!(recent.at(0, mib(3)), None, "two MiB came behind it");
-        assert_eq!(recent.at(mib(2) - 1, mib(3)).unwrap(), [1][..]);
-        assert_eq!(recent.at(mib(2), mib(3)).unwrap(), chunk(2));
-        assert_eq!(recent.at(mib(3) + 1, mib(4)).unwrap(), "bc");
-        assert_eq!(recent.at(mib(3) + 3, mib(4)), None);
+        assert_eq!(recent.at(0, mib(4)), None, "three MiB came behind it");
+        assert_eq!(recent.at(mib(2) - 1, mib(4)).unwrap(), [1][..]);
+        assert_eq!(recent.at(mib(3), mib(4)).unwrap(), chunk(3));
+        assert_eq!(recent.at(mib(4) + 1, mib(5)).unwrap(), "bc");
+        assert_eq!(recent.at(mib(4) + 3, mib(5)), None);
         // As far as is written.
-        assert_eq!(recent.at(mib(3), mib(3) + 1).unwrap(), "a");
-        assert_eq!(recent.at(mib(3), mib(3)), None);
-        assert_eq!(recent.at(mib(3) + 1, mib(2)), None);
+        assert_eq!(recent.at(mib(4), mib(4) + 1).unwrap(), "a");
+        assert_eq!(recent.at(mib(4), mib(4)), None);
+        assert_eq!(recent.at(mib(4) + 1, mib(3)), None);
         recent.clear();
-        assert_eq!(recent.at(mib(3), mib(4)), None);
+        assert_eq!(recent.at(mib(4), mib(5)), None);
         recent.add(&[Bytes::from_static(b"d")]);
-        assert_eq!(recent.at(mib(3) + 3, mib(4)).unwrap(), "d");
+        assert_eq!(recent.at(mib(4) + 3, mib(5)).unwrap(), "d");
     }
 
     #[test]
@@ -107,6 +107,6 @@ mod tests {
         for _ in 0..100 {
             recent.add(&[Bytes::from(vec![0; 256 << 10])]);
         }
-        assert_eq!(recent.lock().chunks.len(), 8);
+        assert_eq!(recent.lock().chunks.len(), 12);
     }
 }

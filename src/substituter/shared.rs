@@ -16,6 +16,7 @@ use crate::cache::memory::{Checked, Entry, Lookup, NarInfoCache, UpstreamId};
 use crate::cache::policy::Freshness;
 use crate::cache::single_flight::SingleFlight;
 use crate::codec::compression::Encoder;
+use crate::codec::decompress::Decoder;
 use crate::nix::hash::NarHash;
 use crate::nix::path_info::{PathInfo, Verified};
 use crate::nix::store_path::{StorePath, StorePathHash};
@@ -24,11 +25,11 @@ use super::ahead::Ahead;
 use super::berth::Berths;
 use super::counters::Counters;
 use super::filling::Fillings;
-use super::keeping::Keeping;
 use super::kept::{self, KEPT};
 use super::lent::Lending;
 use super::member::Member;
 use super::nar_url::NarUrl;
+use super::promises::Promises;
 use super::tasks::Tasks;
 use super::write_behind::WriteBehind;
 use super::{Options, Setup, now};
@@ -65,7 +66,7 @@ pub(super) struct Shared {
     /// Small NARs that are to be kept.
     pub(super) write_behind: WriteBehind,
     /// Paths that were promised, and are to be kept alive where they are.
-    pub(super) keeping: Keeping,
+    pub(super) promises: Promises,
     /// NARs pulled before they are asked for.
     pub(super) ahead: Ahead,
     /// Small NARs that are being read; those who ask for the same meanwhile share it.
@@ -96,6 +97,7 @@ impl Shared {
         if let Some(backend) = &backend {
             kept::sign(&**backend, &setup);
         }
+        let decoder = Decoder::default();
         Self {
             cache: NarInfoCache::new(options.memory.clone()),
             setup: RwLock::new(setup),
@@ -113,15 +115,16 @@ impl Shared {
             berths: Berths::default(),
             kept: backend.map(|backend| {
                 let proving = Arc::new(Semaphore::new(kept::PROVING_MAX));
+                let (cache, decoder) = (Arc::clone(&backend), decoder.clone());
                 Kept {
-                    member: kept::member(Arc::clone(&backend), Arc::clone(&proving), now()),
+                    member: kept::member(cache, decoder, Arc::clone(&proving), now()),
                     backend,
                     proving,
                 }
             }),
-            fillings: Fillings::new(&options.fill),
+            fillings: Fillings::new(&options.fill, decoder),
             write_behind: WriteBehind::new(options.write_behind.clone()),
-            keeping: Keeping::default(),
+            promises: Promises::default(),
             ahead: Ahead::new(options.ahead.clone()),
             // None is announced, so none is waited for.
             small_nars: SingleFlight::new(Duration::ZERO),

@@ -26,7 +26,7 @@ use super::shared::Shared;
 
 /// The paths that are to be kept alive.
 #[derive(Default)]
-pub(super) struct Keeping {
+pub(super) struct Promises {
     // Never held over an await; no other lock is taken under it.
     gathered: Mutex<Vec<Arc<Entry>>>,
 }
@@ -38,7 +38,7 @@ struct Promised {
     holders: Vec<UpstreamId>,
 }
 
-impl Keeping {
+impl Promises {
     fn gathered(&self) -> MutexGuard<'_, Vec<Arc<Entry>>> {
         self.gathered.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -51,7 +51,7 @@ impl Shared {
             return;
         }
         let first = {
-            let mut gathered = self.keeping.gathered();
+            let mut gathered = self.promises.gathered();
             if gathered.len() >= GATHERED_MAX {
                 return;
             }
@@ -62,14 +62,14 @@ impl Shared {
         let apart = info_span!(parent: None, "keep");
         let spawn = || self.tasks.spawn(keep_gathered(Arc::clone(self)));
         if first && !apart.in_scope(spawn) {
-            self.keeping.gathered().clear();
+            self.promises.gathered().clear();
         }
     }
 }
 
 async fn keep_gathered(shared: Arc<Shared>) {
     sleep(GATHERED_FOR).await;
-    let gathered = std::mem::take(&mut *shared.keeping.gathered());
+    let gathered = std::mem::take(&mut *shared.promises.gathered());
     let setup = shared.setup();
     let mut promised = Vec::with_capacity(gathered.len());
     for some in gathered.chunks(PARSED_AT_ONCE) {
