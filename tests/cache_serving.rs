@@ -670,7 +670,7 @@ async fn many_clients_of_one_large_nar_outlive_a_cache_that_is_full() {
     let served = serve(over(std::slice::from_ref(&a), &backend)).await;
     let plain = nar_target(&get(served.address, &narinfo_target(&info)).await);
     let targets = [format!("{plain}.zst"), plain];
-    let clients = (0..24).map(|number| get(served.address, &targets[number % 2]));
+    let clients = (0..48).map(|number| get(served.address, &targets[number % 2]));
     for (number, answer) in join_all(clients).await.into_iter().enumerate() {
         assert!(!answer.cut, "client {number}");
         let body = match number % 2 {
@@ -682,33 +682,53 @@ async fn many_clients_of_one_large_nar_outlive_a_cache_that_is_full() {
     assert_eq!(backend.stats().bytes_reserved, 0);
 }
 
-/// Each of them takes memory for what its decoder looks back on.
+/// A decoder of a large NAR takes memory for what it looks back on, and there is room for sixteen of them.
 #[tokio::test(flavor = "multi_thread")]
-async fn clients_that_stop_in_a_large_kept_nar_do_not_keep_it_from_others() {
-    let a = Scripted::new("a");
-    let (info, nar) = path(1, 12 << 20, &[]);
-    a.add(&info, &nar);
-    let mut patient = server_options();
-    patient.write_stall = Duration::from_secs(300);
-    let substituter = over(std::slice::from_ref(&a), &memory());
-    let served = serve_with(substituter, patient).await.0;
-    let plain = nar_target(&get(served.address, &narinfo_target(&info)).await);
-    assert_eq!(get(served.address, &plain).await.body, nar);
-    kept(served.address, &info).await;
-    a.down();
-    let asked = std::time::Instant::now();
-    let stopping = (0..20).map(|_| stopped(served.address, &plain));
-    let stopped = timeout(Duration::from_secs(60), join_all(stopping)).await;
-    // There is room for sixteen, which make room when they have read nothing for long.
-    assert!(asked.elapsed() > Duration::from_secs(10));
-    let last = get(served.address, &plain).await;
-    assert!(last.body == nar);
-    for (number, mut client) in stopped.expect("heads").into_iter().enumerate() {
-        let mut body = Vec::new();
-        client.read_to_end(&mut body).await.unwrap();
-        assert!(body == nar, "client {number}");
+async fn clients_that_stop_in_a_large_nar_do_not_keep_it_from_others() {
+    for growing in [false, true] {
+        let a = Scripted::new("a");
+        let (info, nar) = path(1, 36 << 20, &[]);
+        a.add(&info, &nar);
+        if growing {
+            *a.nar_script.lock().unwrap() = NarScript::Metered;
+            a.metered.send_replace(30 << 20);
+        }
+        let mut patient = server_options();
+        patient.write_stall = Duration::from_secs(300);
+        let substituter = over(std::slice::from_ref(&a), &memory());
+        let served = serve_with(substituter, patient).await.0;
+        let plain = nar_target(&get(served.address, &narinfo_target(&info)).await);
+        let first = tokio::spawn({
+            let plain = plain.clone();
+            async move { get(served.address, &plain).await }
+        });
+        match growing {
+            true => {
+                while a.nars_open.load(Ordering::Relaxed) == 0 {
+                    sleep(Duration::from_millis(5)).await;
+                }
+            }
+            false => {
+                kept(served.address, &info).await;
+                a.down();
+            }
+        }
+        let asked = std::time::Instant::now();
+        let stopping = (0..20).map(|_| stopped(served.address, &plain));
+        let stopped = timeout(Duration::from_secs(60), join_all(stopping)).await;
+        a.metered.send_replace(usize::MAX);
+        let last = timeout(Duration::from_secs(60), get(served.address, &plain)).await;
+        assert!(last.expect("room is made").body == nar);
+        let waited = asked.elapsed();
+        assert!(waited > Duration::from_secs(10), "no place was waited for");
+        assert!(first.await.unwrap().body == nar);
+        for (number, mut client) in stopped.expect("heads").into_iter().enumerate() {
+            let mut body = Vec::new();
+            client.read_to_end(&mut body).await.unwrap();
+            assert!(body == nar, "client {number}, growing: {growing}");
+        }
+        assert_eq!(a.nars.load(Ordering::Relaxed), 1);
     }
-    assert_eq!(a.nars.load(Ordering::Relaxed), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]

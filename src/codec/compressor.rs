@@ -174,7 +174,7 @@ const LARGE_BYTES: u64 = 8 << 20;
 
 /// Base-2 logarithm of the bytes that zstd looks back in a large NAR: 32 MiB. zstd(1) and libarchive, with which Nix
 /// reads, take up to 128 MiB.
-const WINDOW_LOG: u32 = 25;
+pub(super) const WINDOW_LOG: u32 = 25;
 
 thread_local! {
     /// The encoder of this thread, and its level.

@@ -19,7 +19,7 @@ use bytes::Bytes;
 use futures_util::stream::{self, Stream, StreamExt as _};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::compressor::is_large;
+use super::compressor::{WINDOW_LOG, is_large};
 use super::decompressor::Decompressor;
 use crate::nix::narinfo::Compression;
 
@@ -27,7 +27,7 @@ use crate::nix::narinfo::Compression;
 #[derive(Clone, Debug)]
 pub struct Decoder {
     permits: Arc<Semaphore>,
-    /// Windows of 32 MiB.
+    /// MiB that long windows may take.
     windows: Arc<Semaphore>,
 }
 
@@ -59,17 +59,21 @@ impl Decoder {
     pub fn new(concurrent: usize) -> Self {
         Self {
             permits: Arc::new(Semaphore::new(concurrent.clamp(1, CONCURRENT_MAX))),
-            windows: Arc::new(Semaphore::new(WINDOWS_MAX)),
+            windows: Arc::new(Semaphore::new(WINDOWS_MIB_MAX)),
         }
     }
 
     /// Waits until the file of a NAR of so many bytes, as [`super::compressor`] makes it, may be decoded: that
-    /// of a large one takes 32 MiB, for as long as its client reads.
+    /// of a large one takes up to 32 MiB, for as long as its client reads.
+    ///
+    /// Who holds one must not wait for another one of the same place.
     pub async fn window(&self, nar_size: u64) -> Window {
-        Window(match is_large(nar_size) {
-            true => Arc::clone(&self.windows).acquire_owned().await.ok(),
-            false => None,
-        })
+        if !is_large(nar_size) {
+            return Window(None);
+        }
+        let mib = u32::try_from(nar_size.min(1 << WINDOW_LOG) >> 20).unwrap_or(1);
+        let windows = Arc::clone(&self.windows);
+        Window(windows.acquire_many_owned(mib).await.ok())
     }
 
     /// Decodes a stream while it is read; `None` for a compression that is not read here.
@@ -218,8 +222,8 @@ const QUICK_STEP_BYTES: usize = 128 << 10;
 /// Bytes that the others give out on a blocking thread: 1 to 10 ms, against some 10 µs for the change of threads.
 const SLOW_STEP_BYTES: usize = 256 << 10;
 
-/// Long windows of files made here that are in memory at once: half a GiB.
-const WINDOWS_MAX: usize = 16;
+/// MiB that long windows of files made here take at once: sixteen of them, or more of NARs that do not fill one.
+const WINDOWS_MIB_MAX: usize = 512;
 
 /// More than any machine has processors; keeps a typing error from the semaphore.
 const CONCURRENT_MAX: usize = 1024;
@@ -235,12 +239,17 @@ mod tests {
         let (decoder, large) = (Decoder::default(), 100 << 20);
         let other = decoder.clone();
         let mut windows = Vec::new();
-        for _ in 0..WINDOWS_MAX {
+        for _ in 0..16 {
             windows.push(decoder.window(large).await);
         }
         assert!(other.window(large).now_or_never().is_none());
+        assert!(other.window(9 << 20).now_or_never().is_none());
         assert!(other.window(1 << 20).now_or_never().is_some());
         windows.pop();
-        assert!(other.window(large).now_or_never().is_some());
+        for _ in 0..3 {
+            windows.extend(other.window(9 << 20).now_or_never());
+        }
+        assert_eq!(windows.len(), 18, "three of 9 MiB in place of one of 32");
+        assert!(other.window(large).now_or_never().is_none());
     }
 }

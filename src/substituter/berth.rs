@@ -1,4 +1,5 @@
-//! Transfers whose client reads nothing: they give their builder's channel up when others want it.
+//! Transfers whose client reads nothing: they give their builder's channel up when others want it, or the memory of
+//! their decoder.
 //!
 //! A builder gives a few large NARs at a time. Between two chunks a transfer leaves its stream in a
 //! [`Berth`]; one that has lain there for long is dropped for somebody who waits, and is opened
@@ -11,84 +12,105 @@ use std::time::{Duration, Instant};
 use tracing::debug;
 
 use crate::cache::memory::UpstreamId;
-use crate::upstream::NarStream;
 
-use super::member::Member;
 use super::now;
 
 /// The streams that nobody reads from at the moment.
 #[derive(Default)]
 pub(super) struct Berths {
     // Taken before any berth's own lock; neither is held over an await.
-    berths: Mutex<Vec<Weak<Berth>>>,
+    berths: Mutex<Vec<Weak<dyn Place>>>,
 }
 
 /// The place of one transfer's stream between two chunks.
-#[derive(Default)]
-pub(super) struct Berth {
-    idle: Mutex<Option<Idle>>,
+pub(super) struct Berth<S> {
+    idle: Mutex<Option<Idle<S>>>,
 }
 
-struct Idle {
-    member: Arc<Member>,
-    stream: NarStream,
+struct Idle<S> {
+    giver: UpstreamId,
+    stream: S,
     since: Instant,
+}
+
+/// A berth, whatever lies in it.
+trait Place: Send + Sync {
+    /// Since when a stream of this giver lies here.
+    fn idle_since(&self, giver: UpstreamId) -> Option<Instant>;
+
+    /// Drops what lies here; `false` when its client came back before.
+    fn clear(&self) -> bool;
 }
 
 impl Berths {
     /// Makes a place, which lasts as long as its transfer.
-    pub(super) fn berth(&self) -> Arc<Berth> {
-        let berth = Arc::new(Berth::default());
+    pub(super) fn berth<S: Send + 'static>(&self) -> Arc<Berth<S>> {
+        let berth = Arc::new(Berth {
+            idle: Mutex::new(None),
+        });
         let mut berths = lock(&self.berths);
         berths.retain(|berth| berth.strong_count() > 0);
-        berths.push(Arc::downgrade(&berth));
+        let weak: Weak<Berth<S>> = Arc::downgrade(&berth);
+        berths.push(weak);
         berth
     }
 
-    /// Makes room at an upstream for as long as it is not dropped, one transfer at a time.
-    pub(super) async fn make_room(&self, id: UpstreamId) -> Infallible {
+    /// Makes room at a giver for as long as it is not dropped, one transfer at a time.
+    pub(super) async fn make_room(&self, giver: UpstreamId, name: &str) -> Infallible {
         loop {
             tokio::time::sleep(PAUSE).await;
-            let Some(idle) = self.longest_idle(id) else {
-                continue;
-            };
-            let upstream = idle.member.upstream.name();
-            debug!(upstream, "a client reads nothing, its transfer makes room");
+            if self.longest_idle(giver).is_some_and(|berth| berth.clear()) {
+                debug!(
+                    upstream = name,
+                    "a client reads nothing, its transfer makes room"
+                );
+            }
         }
     }
 
-    fn longest_idle(&self, id: UpstreamId) -> Option<Idle> {
+    fn longest_idle(&self, giver: UpstreamId) -> Option<Arc<dyn Place>> {
         let now = now();
-        let berths = lock(&self.berths);
-        let since = |berth: &Arc<Berth>| {
-            let idle = lock(&berth.idle);
-            let idle = idle.as_ref().filter(|idle| idle.member.id == id)?;
-            (now.saturating_duration_since(idle.since) >= IDLE_MIN).then_some(idle.since)
+        let since = |berth: &Arc<dyn Place>| {
+            let since = berth.idle_since(giver)?;
+            (now.saturating_duration_since(since) >= IDLE_MIN).then_some(since)
         };
+        let berths = lock(&self.berths);
         let living = berths.iter().filter_map(Weak::upgrade);
         let (_, longest) = living
             .filter_map(|berth| Some((since(&berth)?, berth)))
             .min_by_key(|(since, _)| *since)?;
-        // Its client may have come back in between; then there is no room by it.
-        lock(&longest.idle).take()
+        Some(longest)
     }
 }
 
-impl Berth {
+impl<S> Berth<S> {
     /// Leaves a stream until the client wants more.
-    pub(super) fn leave(&self, (member, stream): (Arc<Member>, NarStream)) {
+    pub(super) fn leave(&self, giver: UpstreamId, stream: S) {
         let since = now();
         *lock(&self.idle) = Some(Idle {
-            member,
+            giver,
             stream,
             since,
         });
     }
 
     /// Takes the stream back, unless it was given up.
-    pub(super) fn take_back(&self) -> Option<(Arc<Member>, NarStream)> {
-        let idle = lock(&self.idle).take()?;
-        Some((idle.member, idle.stream))
+    pub(super) fn take_back(&self) -> Option<S> {
+        Some(lock(&self.idle).take()?.stream)
+    }
+}
+
+impl<S: Send> Place for Berth<S> {
+    fn idle_since(&self, giver: UpstreamId) -> Option<Instant> {
+        let idle = lock(&self.idle);
+        let idle = idle.as_ref().filter(|idle| idle.giver == giver)?;
+        Some(idle.since)
+    }
+
+    fn clear(&self) -> bool {
+        // Dropped behind the lock.
+        let idle = lock(&self.idle).take();
+        idle.is_some()
     }
 }
 

@@ -34,7 +34,7 @@ pub(super) struct FileRelay {
     /// Where the bytes come from, while somebody asks for more.
     current: Option<(Arc<Member>, NarStream)>,
     /// Where that is left until somebody does.
-    berth: Arc<Berth>,
+    berth: Arc<Berth<(Arc<Member>, NarStream)>>,
     /// Bytes of the file that came.
     offset: u64,
     /// Bytes that the current source repeats.
@@ -108,7 +108,7 @@ impl FileRelay {
         self.current = self.berth.take_back();
         let chunk = self.chunk(end).await?;
         if let Some(current) = self.current.take() {
-            self.berth.leave(current);
+            self.berth.leave(current.0.id, current);
         }
         Ok(chunk)
     }
@@ -240,7 +240,7 @@ impl FileRelay {
             tokio::select! {
                 opened = member.upstream.open_encoded(info, nar, self.offset) => opened,
                 () = member.sickness() => Err(upstream::Error::Down("it is sick".into())),
-                never = shared.berths.make_room(member.id) => match never {},
+                never = shared.berths.make_room(member.id, member.upstream.name()) => match never {},
             }
         };
         let after = self.silence_max();

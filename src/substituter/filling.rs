@@ -91,11 +91,11 @@ pub(super) struct Filling {
 type Outcome = Result<NarFile, ()>;
 
 impl Fillings {
-    pub(super) fn new(options: &Options, decoder: Decoder) -> Self {
+    pub(super) fn new(options: &Options) -> Self {
         Self {
             running: Mutex::default(),
             orphans: Arc::new(Semaphore::new(options.orphans_max)),
-            decoder,
+            decoder: Decoder::default(),
         }
     }
 

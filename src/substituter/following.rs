@@ -18,8 +18,9 @@ use crate::codec::slice::slice;
 use crate::nix::narinfo::Compression;
 use crate::upstream;
 
+use super::berth::Berth;
 use super::filling::Filling;
-use super::kept::read_at;
+use super::kept::{GROWING, read_at};
 use super::nar_url::NarUrl;
 use super::shared::Shared;
 use super::transfer::{self, Error};
@@ -66,15 +67,14 @@ impl Client {
         url: NarUrl,
         raw: Option<mpsc::Receiver<Bytes>>,
     ) -> BoxStream<'static, Result<Bytes, Error>> {
-        let nar_size = self.0.info.nar_size;
         let state = Plain {
-            client: Some(self),
+            nar_size: self.0.info.nar_size,
+            client: self,
+            berth: shared.berths.berth(),
             shared,
             url,
-            nar_size,
             raw,
             offset: 0,
-            rest: None,
         };
         stream::unfold(state, |mut state| async move {
             let item = state.next().await?;
@@ -167,15 +167,19 @@ impl Following {
 
 /// A client of the NAR itself.
 struct Plain {
-    /// Gone once it reads from the file, which then counts it.
-    client: Option<Client>,
+    client: Client,
     shared: Arc<Shared>,
     url: NarUrl,
     nar_size: u64,
     raw: Option<mpsc::Receiver<Bytes>>,
+    /// Bytes of the NAR that were given.
     offset: u64,
-    rest: Option<BoxStream<'static, Result<Bytes, Error>>>,
+    /// Where its place in the file is left until it wants more.
+    berth: Arc<Berth<Rest>>,
 }
+
+/// What follows of a NAR.
+type Rest = BoxStream<'static, Result<Bytes, Error>>;
 
 impl Plain {
     async fn next(&mut self) -> Option<Result<Bytes, Error>> {
@@ -191,28 +195,47 @@ impl Plain {
         if self.offset >= self.nar_size {
             return None;
         }
-        if let Some(client) = self.client.take() {
-            if let Some(cut) = client.0.cut() {
-                return Some(Err(cut));
-            }
-            let file = client.follow(Arc::clone(&self.shared), self.url);
-            let decoder = &self.shared.fillings.decoder;
-            let window = decoder.window(self.nar_size).await;
-            let decoded = decoder.decode_stream(Compression::Zstd, file)?;
-            let named = decoded.map(move |item| {
-                let _held = &window;
-                item.map_err(|error| match error {
-                    DecodeError::Source(error) => error,
-                    DecodeError::Damaged { cause, .. } => Error::Corrupt {
-                        upstream: "the cache".to_owned(),
-                        cause: cause.to_string(),
-                    },
-                })
-            });
-            let missing = self.offset..self.nar_size;
-            self.rest = Some(slice(named.boxed(), missing).boxed());
+        let mut rest = match self.berth.take_back() {
+            Some(rest) => rest,
+            // It comes here first, or made room for others.
+            None => match self.out_of_the_file().await {
+                Ok(rest) => rest,
+                Err(error) => return Some(Err(error)),
+            },
+        };
+        let item = rest.next().await?;
+        if let Ok(chunk) = &item {
+            self.offset += chunk.len() as u64;
+            self.berth.leave(GROWING, rest);
         }
-        self.rest.as_mut()?.next().await
+        Some(item)
+    }
+
+    /// Reads the NAR in the file on, at the byte that was not given yet, as soon as there is room for its decoder.
+    async fn out_of_the_file(&self) -> Result<Rest, Error> {
+        let (shared, filling) = (&self.shared, &self.client.0);
+        if let Some(cut) = filling.cut() {
+            return Err(cut);
+        }
+        let decoder = &shared.fillings.decoder;
+        let window = tokio::select! {
+            window = decoder.window(self.nar_size) => window,
+            never = shared.berths.make_room(GROWING, "the cache") => match never {},
+        };
+        let file = Client::of(Arc::clone(filling)).follow(Arc::clone(shared), self.url);
+        let decoded = decoder.decode_stream(Compression::Zstd, file);
+        let decoded = decoded.ok_or_else(|| lost(self.offset))?;
+        let named = decoded.map(move |item| {
+            let _held = &window;
+            item.map_err(|error| match error {
+                DecodeError::Source(error) => error,
+                DecodeError::Damaged { cause, .. } => Error::Corrupt {
+                    upstream: "the cache".to_owned(),
+                    cause: cause.to_string(),
+                },
+            })
+        });
+        Ok(slice(named.boxed(), self.offset..self.nar_size).boxed())
     }
 }
 

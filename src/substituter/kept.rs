@@ -176,14 +176,13 @@ struct Holder {
 /// Makes the member that stands for the kept NARs.
 pub(super) fn member(
     backend: Arc<dyn Backend>,
-    decoder: Decoder,
     proving: Arc<Semaphore>,
     now: Instant,
 ) -> Arc<Member> {
     let peer = "kept NARs".into();
     let holder = Holder {
         backend,
-        decoder,
+        decoder: Decoder::default(),
         proving,
         link: watch::Sender::new(Link::Up { peer }),
     };
@@ -373,6 +372,8 @@ fn believed(setup: &Setup, record: &Record) -> Option<(Verified, Vec<UpstreamId>
 
 /// The number of the member that stands for the cache; upstreams are counted from 0.
 pub(super) const KEPT: UpstreamId = UpstreamId(u16::MAX);
+/// The same of files that are still being written, of which there is no member.
+pub(super) const GROWING: UpstreamId = UpstreamId(u16::MAX - 1);
 
 /// Files that are read at the same time before they are given out: one that is large holds no small one up.
 pub(super) const PROVING_MAX: usize = 2;

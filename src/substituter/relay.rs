@@ -34,7 +34,7 @@ pub(super) struct Relay {
     /// Where the bytes come from, while somebody asks for more.
     current: Option<(Arc<Member>, NarStream)>,
     /// Where that is left until somebody does.
-    berth: Arc<Berth>,
+    berth: Arc<Berth<(Arc<Member>, NarStream)>>,
     /// Whether the current stream was left there.
     is_left: bool,
     pub(super) givers: Arc<Mutex<Givers>>,
@@ -135,7 +135,7 @@ impl Relay {
         }
         let item = self.next_of_current().await;
         if let Some(current) = self.current.take() {
-            self.berth.leave(current);
+            self.berth.leave(current.0.id, current);
             self.is_left = true;
         }
         item

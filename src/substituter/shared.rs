@@ -16,7 +16,6 @@ use crate::cache::memory::{Checked, Entry, Lookup, NarInfoCache, UpstreamId};
 use crate::cache::policy::Freshness;
 use crate::cache::single_flight::SingleFlight;
 use crate::codec::compression::Encoder;
-use crate::codec::decompress::Decoder;
 use crate::nix::hash::NarHash;
 use crate::nix::path_info::{PathInfo, Verified};
 use crate::nix::store_path::{StorePath, StorePathHash};
@@ -97,7 +96,6 @@ impl Shared {
         if let Some(backend) = &backend {
             kept::sign(&**backend, &setup);
         }
-        let decoder = Decoder::default();
         Self {
             cache: NarInfoCache::new(options.memory.clone()),
             setup: RwLock::new(setup),
@@ -115,14 +113,13 @@ impl Shared {
             berths: Berths::default(),
             kept: backend.map(|backend| {
                 let proving = Arc::new(Semaphore::new(kept::PROVING_MAX));
-                let (cache, decoder) = (Arc::clone(&backend), decoder.clone());
                 Kept {
-                    member: kept::member(cache, decoder, Arc::clone(&proving), now()),
+                    member: kept::member(Arc::clone(&backend), Arc::clone(&proving), now()),
                     backend,
                     proving,
                 }
             }),
-            fillings: Fillings::new(&options.fill, decoder),
+            fillings: Fillings::new(&options.fill),
             write_behind: WriteBehind::new(options.write_behind.clone()),
             promises: Promises::default(),
             ahead: Ahead::new(options.ahead.clone()),

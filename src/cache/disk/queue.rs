@@ -221,7 +221,8 @@ impl Queue {
         let (waiting, _) = waited.unwrap_or_else(PoisonError::into_inner);
         let idle = |waiting: &mut Waiting| {
             let urgent = waiting.tasks.len() > waiting.droppable;
-            !(urgent || self.is_full(waiting) || waiting.woken || waiting.stopped)
+            let at_once = urgent || self.is_full(waiting) || waiting.woken || waiting.stopped;
+            !(at_once || waiting.tasks.is_empty())
         };
         let waited = self.changed.wait_timeout_while(waiting, GATHER, idle);
         let (mut waiting, _) = waited.unwrap_or_else(PoisonError::into_inner);
@@ -285,15 +286,18 @@ mod tests {
                 });
                 let begun = Instant::now();
                 assert!(queue.push(look_up(1)) && queue.push(look_up(2)));
-                thread::sleep(GATHER / 4);
+                thread::sleep(GATHER / 10);
                 assert!(queue.push(third));
                 let pushed = Instant::now();
                 let (count, taken) = writer.join().unwrap();
                 assert_eq!(count, 3, "taken after {:?}", taken - begun);
-                assert!(taken < pushed + GATHER / 4, "{places}");
+                assert!(taken < pushed + GATHER / 2, "{places}");
             });
         }
         let queue = Queue::new(100);
+        let begun = Instant::now();
+        assert!(queue.take(Duration::ZERO).tasks.is_empty());
+        assert!(begun.elapsed() < GATHER / 2, "there is nothing to gather");
         let begun = Instant::now();
         assert!(queue.push(look_up(1)) && queue.push(look_up(2)));
         assert_eq!(queue.take(Duration::from_secs(60)).tasks.len(), 2);
