@@ -19,17 +19,20 @@ let
   credentials = map (name: "${name}:${cfg.signKeyPath}") signKey;
 
   listen = map (address: "${address}:${toString cfg.port}") cfg.listen;
-  configText = pkgs.writeText "muster-builder.json" (
-    pure.configText (
-      cfg.settings
-      // {
-        machines = false;
-        local-daemon = true;
-        inherit listen;
-        secret-key-files = signKey;
-      }
-    )
-  );
+  settings = cfg.settings // {
+    machines = false;
+    local-daemon = true;
+    inherit listen;
+    secret-key-files = signKey;
+  };
+  # Of no use among the settings.
+  ownOptions = builtins.intersectAttrs {
+    machines = null;
+    local-daemon = null;
+    listen = null;
+    secret-key-files = null;
+  } cfg.settings;
+  configText = pkgs.writeText "muster-builder.json" (pure.configText settings);
   configFile =
     if cfg.checkConfig then
       pkgs.runCommand "muster-builder-checked.json" { } ''
@@ -151,6 +154,13 @@ in
     (mkIf cfg.enable {
       assertions = [
         {
+          assertion = ownOptions == { };
+          message = ''
+            services.muster.builder.settings has ${lib.concatStringsSep ", " (lib.attrNames ownOptions)}, for which there are
+            options of their own, or which a builder cannot change: listen and port, signKeyPath.
+          '';
+        }
+        {
           assertion = ssh -> cfg.authorizedKeys != [ ];
           message = "services.muster.builder.authorizedKeys is empty: nobody could log in.";
         }
@@ -198,6 +208,8 @@ in
       systemd.services.${account} = unit // {
         wantedBy = [ "multi-user.target" ];
         reloadTriggers = [ configFile ];
+        # With the service its socket is opened anew.
+        restartTriggers = [ (builtins.toJSON (pure.needingRestart settings)) ];
       };
       networking.firewall.allowedTCPPorts = mkIf cfg.openFirewall [ cfg.port ];
       nix.settings.extra-allowed-users = [ account ];

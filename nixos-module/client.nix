@@ -39,7 +39,11 @@ let
     removeAttrs upstream (lib.attrNames credentialOptions)
     // {
       inherit uri;
+    }
+    // lib.optionalAttrs (upstream.credentialsPath != null) {
       credentials-file = credential "credentialsPath";
+    }
+    // lib.optionalAttrs (upstream.netrcPath != null) {
       netrc-file = credential "netrcPath";
     }
   ) cfg.upstreams;
@@ -79,6 +83,13 @@ let
     upstreams = pure.namedUpstreams named ++ found.upstreams;
     secret-key-files = map (key: key.name) signKeys;
   };
+  # Of no use among the settings.
+  ownOptions = builtins.intersectAttrs {
+    machines = null;
+    listen = null;
+    upstreams = null;
+    secret-key-files = null;
+  } cfg.settings;
   configText = pkgs.writeText "muster.json" (pure.configText settings);
   configFile =
     if cfg.checkConfig then
@@ -262,6 +273,13 @@ in
   config = lib.mkIf cfg.enable {
     assertions = [
       {
+        assertion = ownOptions == { };
+        message = ''
+          services.muster.client.settings has ${lib.concatStringsSep ", " (lib.attrNames ownOptions)}, for which there are
+          options of their own: fromBuildMachines, listen and port, upstreams, signKeyPaths.
+        '';
+      }
+      {
         assertion = cfg.useAsSubstituter -> cfg.publicKeys != [ ];
         message = ''
           services.muster.client.publicKeys is empty, and without its key Nix takes nothing from Muster. Show it
@@ -307,6 +325,8 @@ in
       path = [ config.programs.ssh.package ];
       # SIGHUP: upstreams that stay keep their connections.
       reloadTriggers = [ configFile ];
+      # With the service its socket is opened anew.
+      restartTriggers = [ (builtins.toJSON (pure.needingRestart settings)) ];
     };
 
     networking.firewall.allowedTCPPorts = lib.mkIf cfg.openFirewall [ cfg.port ];

@@ -20,6 +20,28 @@ let
     ;
 in
 rec {
+  # The settings that a running muster takes over at a restart alone: those of src/app/reload.rs.
+  needingRestart = builtins.intersectAttrs {
+    listen = null;
+    store-dir = null;
+    cache-dir = null;
+    cache-size = null;
+    compression-level = null;
+    max-encoders = null;
+    negative-ttl = null;
+    revalidate-after = null;
+    memory-cache-size = null;
+    roots-lifetime = null;
+    prefetch = null;
+    prefetch-closure = null;
+    prefetch-nars = null;
+    stall-timeout = null;
+    max-connections = null;
+    stop-timeout = null;
+    log = null;
+    log-format = null;
+  };
+
   # The upstreams that build machines stand for, each once: two lines for one host, user and port (x86_64
   # and i686) are one store, and the first says how it is reached. Returns
   #   upstreams    tables of Muster's configuration, in the order of the machines

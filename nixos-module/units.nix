@@ -28,6 +28,10 @@ in
         Requires = "${name}.socket";
         # nix-daemon is not among them: it asks Muster, and Muster waits for it like for any builder.
         After = "${name}.socket network.target";
+        # What cannot start ends up failed, and its socket with it: clients are refused at once, and go to other
+        # substituters. While it were started over and over they would wait for minutes.
+        StartLimitIntervalSec = 60;
+        StartLimitBurst = 5;
       };
       serviceConfig = present (hardening.serve // {
         Type = "notify";
@@ -67,6 +71,8 @@ in
         BindIPv6Only = "ipv6-only";
         Backlog = 4096;
         NoDelay = true;
+        # Sockets are opened before the network is up.
+        FreeBind = true;
       };
     };
 

@@ -307,6 +307,53 @@ async fn a_lost_or_damaged_index_comes_back_from_the_files() {
     }
 }
 
+/// Bit rot, or a version that took for a record what this one does not.
+#[tokio::test]
+async fn a_row_that_cannot_be_read_costs_no_other() {
+    let place = tempfile::tempdir().unwrap();
+    let dir = place.path().join("cache");
+    let paths: Vec<_> = (0..10).map(|number| path(number, 2000)).collect();
+    let cache = DiskCache::open(&dir, options(1 << 20));
+    for (info, nar) in &paths {
+        fill(&cache, info, nar).await.unwrap();
+    }
+    let (said, _) = path(100, 10);
+    cache.remember(look_up(&said));
+    cache.stop().await;
+    let records: redb::TableDefinition<'_, [u8; 20], &[u8]> = redb::TableDefinition::new("records");
+    let database = redb::Database::open(dir.join(".muster/index.redb")).unwrap();
+    let write = database.begin_write().unwrap();
+    let spoilt = [&paths[0].0, &paths[1].0, &said];
+    for info in spoilt {
+        let mut table = write.open_table(records).unwrap();
+        let had = table.insert(&info.path.hash().0, &b"x"[..]).unwrap();
+        assert!(had.is_some());
+    }
+    write.commit().unwrap();
+    drop(database);
+    // One of them is not in the folder any more either.
+    let gone = paths[1].0.path.hash();
+    fs::remove_file(dir.join(format!("{gone}.narinfo"))).unwrap();
+
+    let cache = DiskCache::open(&dir, options(1 << 20));
+    settle(&cache).await;
+    let stats = cache.stats();
+    assert_eq!((stats.degraded, stats.entries), (None, 9));
+    for (info, nar) in &paths {
+        let record = cache.look_up(info.path.hash());
+        match info.path.hash() == gone {
+            true => assert_eq!(record, None),
+            false => assert_eq!(read(&cache, &record.unwrap()).as_ref(), Some(nar)),
+        }
+    }
+    assert_eq!(cache.look_up(said.path.hash()), None);
+    cache.remember(look_up(&said));
+    cache.flush().await;
+    assert!(cache.look_up(said.path.hash()).is_some());
+    cache.stop().await;
+    folder_is_whole(&dir);
+}
+
 #[tokio::test]
 async fn files_of_others_are_left_alone_and_wrong_ones_go() {
     let place = tempfile::tempdir().unwrap();

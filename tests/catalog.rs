@@ -23,6 +23,7 @@ use muster::substituter::Substituter;
 use muster::substituter::publish::Publisher;
 use muster::upstream::binary_cache::{BinaryCache, BinaryCacheOptions};
 use muster::upstream::catalog_feed::{FedCatalog, FeedOptions, FeedSource, FeedStream};
+use muster::upstream::http_client::HttpOptions;
 use muster::upstream::local::{LocalOptions, LocalUpstream};
 use muster::upstream::{Error, Link, Upstream};
 use rusqlite::Connection;
@@ -388,6 +389,29 @@ async fn known_without_a_question(stores: u16) {
     tokio::time::sleep(Duration::from_millis(1100)).await;
     assert!(with.path_info(absent()).await.is_err());
     assert_eq!(with.paths_known(), None);
+}
+
+/// A store in which nothing happens has nothing but heartbeats to send.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_quiet_feed_is_not_taken_for_a_slow_drip() {
+    let builder = Builder::new();
+    let serving = muster(&builder, 1).await;
+    let http = HttpOptions {
+        drip_time: Duration::from_millis(400),
+        ..HttpOptions::default()
+    };
+    let options = BinaryCacheOptions {
+        catalog: Some(FeedOptions::default()),
+        ..BinaryCacheOptions::default()
+    };
+    let (address, store_dir) = (serving.address, builder.store_dir.clone());
+    let cache = peer::asking_within(address, store_dir, options, http);
+    until(|| cache.paths_known().is_some()).await;
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_secs(4) {
+        assert!(cache.paths_known().is_some(), "{:?}", begun.elapsed());
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
 }
 
 #[tokio::test]

@@ -4,9 +4,12 @@ mod cache;
 
 use std::fs;
 use std::process::Command;
+use std::time::Duration;
 
 use muster::cache::backend::{Backend, Error};
 use muster::cache::disk::DiskCache;
+
+use tokio::time::sleep;
 
 use cache::{fill, folder_is_whole, look_up, options, path, read, settle, wait};
 
@@ -94,6 +97,46 @@ async fn a_full_disk_degrades_and_room_heals() {
         cache.stop().await;
         folder_is_whole(&dir);
     }
+}
+
+/// The default bound is larger than many a file system.
+#[tokio::test]
+async fn a_bound_larger_than_the_disk_costs_the_oldest_and_not_the_cache() {
+    let disk = Disk::new("12m");
+    let dir = disk.0.path().join("cache");
+    let cache = DiskCache::open(&dir, options(1 << 30));
+    let mut kept = 0;
+    for number in 0..400 {
+        let (info, nar) = path(number, 50_000);
+        match fill(&cache, &info, &nar).await {
+            Ok(_) => kept += 1,
+            // There is no time to make room for it.
+            Err(Error::Full) => sleep(Duration::from_millis(20)).await,
+            Err(error) => panic!("{error}"),
+        }
+        assert_eq!(cache.stats().degraded, None, "after {number}");
+    }
+    cache.flush().await;
+    let stats = cache.stats();
+    assert!(kept > 200 && stats.evictions > 100, "{kept} {stats:?}");
+    assert!(stats.bytes > 4 << 20, "no more goes than must: {stats:?}");
+    let first = cache.look_up(path(0, 50_000).0.path.hash());
+    assert!(first.is_none_or(|record| record.file.is_none()));
+    cache.stop().await;
+    folder_is_whole(&dir);
+
+    // Full by what it has itself when it starts.
+    let others = disk.0.path().join("others");
+    let free = rustix::fs::statvfs(disk.0.path()).unwrap();
+    let size = (free.f_bavail * free.f_frsize).saturating_sub(700_000);
+    fs::write(&others, vec![0; usize::try_from(size).unwrap()]).unwrap();
+    let cache = DiskCache::open(&dir, options(1 << 30));
+    let (info, nar) = path(1000, 50_000);
+    fill(&cache, &info, &nar).await.unwrap();
+    let record = cache.look_up(info.path.hash()).unwrap();
+    assert_eq!(read(&cache, &record), Some(nar));
+    assert_eq!(cache.stats().degraded, None);
+    cache.stop().await;
 }
 
 #[tokio::test]

@@ -217,6 +217,7 @@ fn texts_keep_secrets_out_and_say_what_they_must() {
     for line in [
         "LoadCredential=ssh-key-0:/root/.ssh/b1",
         "Requires=muster.socket",
+        "StartLimitBurst=5",
         "Type=notify",
         "User=muster",
         "StateDirectoryMode=0700",
@@ -230,6 +231,23 @@ fn texts_keep_secrets_out_and_say_what_they_must() {
     assert_eq!(listens, 2);
     // Nix's own daemon asks Muster; if it needed Muster to start, nothing would.
     assert!(!unit.contains("Before=") && !unit.contains("nix-daemon"));
+}
+
+#[test]
+fn what_takes_a_restart_is_restarted_for() {
+    let code = fs::read_to_string(project("src/app/reload.rs")).expect("read it");
+    let (_, list) = code.split_once("let settings = [").expect("the list");
+    let (list, _) = list.split_once("];").expect("its end");
+    let quoted = list.split('"').skip(1).step_by(2);
+    let mut settings: Vec<_> = quoted.collect();
+    settings.sort_unstable();
+    assert!(settings.len() > 15, "{settings:?}");
+    let mut all: serde_json::Map<_, _> = settings.iter().map(|s| ((*s).into(), json!(1))).collect();
+    all.insert("upstreams".into(), json!([]));
+    let heeded = evaluate("builtins.attrNames (lib.needingRestart input)", &json!(all));
+    assert_eq!(heeded, json!(settings));
+    let none = evaluate("lib.needingRestart input", &json!({ "priority": 20 }));
+    assert_eq!(none, json!({}));
 }
 
 /// The .deb's and NixOS's units, with a program that is there.

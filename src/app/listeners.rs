@@ -11,6 +11,7 @@ use std::path::Path;
 use anyhow::{Context as _, bail};
 use listenfd::ListenFd;
 use tokio::net::{TcpListener, UnixListener};
+use tracing::warn;
 
 use crate::config::{Config, ListenAddress};
 use crate::server::listener::Listener;
@@ -27,6 +28,15 @@ pub(super) fn open(config: &Config) -> anyhow::Result<Opened> {
     let mut listeners = Vec::new();
     let mut addresses = Vec::new();
     take_activated(&mut listeners, &mut addresses)?;
+    let said = |address| config.listen.contains(address);
+    if !listeners.is_empty() && config.says_where_to_listen && !addresses.iter().all(said) {
+        let (configured, listening) = (shown(&config.listen), shown(&addresses));
+        warn!(
+            listening,
+            configured,
+            "systemd's sockets are listened on, and not what `listen` says: change ListenStream="
+        );
+    }
     if listeners.is_empty() {
         for address in &config.listen {
             let (listener, address) = bind(address, &config.listen)?;
@@ -44,6 +54,11 @@ pub(super) fn open(config: &Config) -> anyhow::Result<Opened> {
         addresses,
         only_loopback,
     })
+}
+
+fn shown(addresses: &[ListenAddress]) -> String {
+    let shown: Vec<_> = addresses.iter().map(ToString::to_string).collect();
+    shown.join(", ")
 }
 
 fn take_activated(

@@ -14,6 +14,9 @@ pub(super) fn warn_of_restart(running: &Config, anew: &Config) {
 fn needing_restart(running: &Config, anew: &Config) -> Vec<&'static str> {
     let settings = [
         ("listen", running.listen != anew.listen),
+        ("store-dir", running.store_dir != anew.store_dir),
+        ("cache-dir", running.cache_dir != anew.cache_dir),
+        ("cache-size", running.cache_bytes != anew.cache_bytes),
         (
             "compression-level",
             (running.zstd_level, running.xz_level) != (anew.zstd_level, anew.xz_level),
@@ -33,6 +36,10 @@ fn needing_restart(running: &Config, anew: &Config) -> Vec<&'static str> {
             running.roots_lifetime != anew.roots_lifetime,
         ),
         ("prefetch", running.prefetch != anew.prefetch),
+        (
+            "prefetch-closure",
+            running.prefetch_closure != anew.prefetch_closure,
+        ),
         (
             "prefetch-nars",
             running.prefetch_nars_bytes != anew.prefetch_nars_bytes,

@@ -102,8 +102,8 @@ pub enum Error {
         /// Bytes that the cache may take.
         bytes_max: u64,
     },
-    /// Running fills have reserved all that there is.
-    #[error("running fills take the whole cache")]
+    /// Running fills have reserved all that there is, or the file system is full until some entries are gone.
+    #[error("there is no room in the cache just now")]
     Full,
     /// Another NAR of the same path is kept; it stays.
     #[error("a nar of another hash is kept for this path")]

@@ -91,6 +91,14 @@ fn to_text(path: Option<&Path>, config: &Config) -> String {
             format_args!("{}  ({})", key.public(), path.display()),
         );
     }
+    for name in &config.unseen_keys {
+        let name = name.display();
+        line(
+            &mut text,
+            "signs with",
+            format_args!("{name}, a credential that the service alone sees"),
+        );
+    }
     if let Some(path) = &config.key_to_be_made {
         let path = path.display();
         line(
@@ -168,6 +176,7 @@ fn to_json(path: Option<&Path>, config: &Config) -> Value {
         "listen": strings(&config.listen),
         "upstreams": config.upstreams.iter().map(upstream).collect::<Value>(),
         "keys": keys.collect::<Value>(),
+        "keys-not-seen": config.unseen_keys,
         "key-to-be-made": config.key_to_be_made,
         "compression": config.compression.name(),
         "priority": config.priority,

@@ -73,13 +73,23 @@ impl Environment {
 
     /// Finds a key file: a name without slash that is a credential stands for the credential.
     pub fn key_path(&self, path: &Path) -> PathBuf {
-        let named = path.file_name() == Some(path.as_os_str());
+        let named = is_name(path);
         let credential = self.credentials_dir.as_ref().map(|dir| dir.join(path));
         match credential {
             Some(credential) if named && credential.exists() => credential,
             _ => path.to_owned(),
         }
     }
+
+    /// Tells whether a key file may be a credential of the service, which nobody else sees.
+    pub fn may_be_unseen(&self, path: &Path) -> bool {
+        self.credentials_dir.is_none() && is_name(path)
+    }
+}
+
+/// Tells whether a path is a name without slash.
+fn is_name(path: &Path) -> bool {
+    path.file_name() == Some(path.as_os_str())
 }
 
 /// Returns this machine's name, `localhost` where it has none.

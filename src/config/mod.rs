@@ -35,6 +35,8 @@ use values::{MachinesSetting, Text};
 pub struct Config {
     /// Addresses to listen on, where systemd hands none in; at least one.
     pub listen: Vec<ListenAddress>,
+    /// Whether somebody named them.
+    pub says_where_to_listen: bool,
     /// The stores to ask, in this order.
     pub upstreams: Vec<Upstream>,
     /// The socket of this machine's daemon.
@@ -50,6 +52,8 @@ pub struct Config {
     pub secret_keys: Vec<SecretKey>,
     /// The files of the keys, in the same order.
     pub secret_key_files: Vec<PathBuf>,
+    /// Keys that the service alone sees, by the names of their credentials; found when looked at from outside of it.
+    pub unseen_keys: Vec<PathBuf>,
     /// The file of the default key, if it was made just now.
     pub generated_key: Option<PathBuf>,
     /// The file of the default key, if it is yet to be made.
@@ -189,11 +193,13 @@ impl Config {
         let cache_dir = checked_cache_dir(raw.cache_dir.take(), environment, file)?;
         let listen = raw.listen.map(|list| list.0).unwrap_or_default();
         let mut listen: Vec<_> = listen.into_iter().map(|address| address.0).collect();
+        let says_where_to_listen = !listen.is_empty();
         if listen.is_empty() {
             listen.push(ListenAddress::Tcp(LISTEN.into()));
         }
         Ok(Self {
             listen,
+            says_where_to_listen,
             upstreams: upstreams.list,
             daemon_socket: environment.daemon_socket.clone(),
             log_dir: environment.log_dir.clone(),
@@ -201,6 +207,7 @@ impl Config {
             local_store: raw.local_store.map(|store| store.0).unwrap_or_default(),
             secret_keys: keys.files.iter().map(|file| file.key.clone()).collect(),
             secret_key_files: keys.files.into_iter().map(|file| file.path).collect(),
+            unseen_keys: keys.unseen,
             generated_key: keys.generated,
             key_to_be_made: keys.to_be_made,
             store_dir: raw.store_dir.map(|dir| dir.0).unwrap_or_default(),
@@ -239,6 +246,7 @@ impl Config {
 #[derive(Default)]
 struct Keys {
     files: Vec<KeyFile>,
+    unseen: Vec<PathBuf>,
     generated: Option<PathBuf>,
     to_be_made: Option<PathBuf>,
 }
@@ -259,6 +267,11 @@ impl Keys {
         for path in raw.secret_key_files.iter().flat_map(|list| &list.0) {
             let at = || At(file.and_then(|file| file.locate(&path.0.to_string_lossy())));
             let found = keys::read_secret(&environment.key_path(&path.0), environment);
+            let missing = found.as_ref().is_err_and(keys::KeyFileError::is_missing);
+            if missing && look == Look::ToCheck && environment.may_be_unseen(&path.0) {
+                keys.unseen.push(path.0.clone());
+                continue;
+            }
             let found = found.map_err(|cause| key_error(at(), cause))?;
             let name = found.key.name();
             if keys.files.iter().any(|other| other.key.name() == name) {
@@ -270,7 +283,7 @@ impl Keys {
             }
             keys.files.push(found);
         }
-        if keys.files.is_empty() {
+        if keys.files.is_empty() && keys.unseen.is_empty() {
             let found = keys::default_key(environment, if_none);
             match found.map_err(|cause| key_error(At::default(), cause))? {
                 Found::Kept(file) => keys.files.push(file),

@@ -93,7 +93,8 @@ pub(super) async fn serve(
 
 /// Leaves the body out and its length in, as hyper does by itself over HTTP/1 alone.
 fn without_body(mut answer: Response<Body>) -> Response<Body> {
-    if let Some(length) = answer.body().size_hint().exact() {
+    // None has no bytes, and stands for one whose length is not known, too.
+    if let Some(length) = answer.body().size_hint().exact().filter(|l| *l > 0) {
         let length = HeaderValue::from(length);
         let headers = answer.headers_mut();
         headers.entry(CONTENT_LENGTH).or_insert(length);

@@ -244,14 +244,17 @@ impl FileRelay {
             }
         };
         let after = self.silence_max();
-        let timed_out = upstream::Error::TimedOut {
-            question: "NAR",
-            after,
-        };
         let opened = timeout(after, question).await;
-        let opened = opened.unwrap_or(Err(timed_out));
         let member = Arc::clone(member);
-        match member.note(opened) {
+        let opened = match opened {
+            Ok(opened) => member.note(opened),
+            // Other NARs may have all its turns, so this says nothing of its health.
+            Err(_) => Err(upstream::Error::TimedOut {
+                question: "NAR",
+                after,
+            }),
+        };
+        match opened {
             Ok(Some(FilePart { begins_at, bytes })) if begins_at <= self.offset => {
                 self.opened += 1;
                 self.skip = self.offset - begins_at;

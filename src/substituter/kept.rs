@@ -61,31 +61,33 @@ impl KeptNar {
     /// entry goes, when they are not.
     ///
     /// Only a file that was changed since, or is not in the index, is read for it: each of them once. Dropped,
-    /// reading goes on and its result is lost.
-    pub(super) async fn proven(self, proving: &Semaphore) -> Option<Self> {
+    /// reading goes on, and what it finds counts.
+    pub(super) async fn proven(self, proving: &Arc<Semaphore>) -> Option<Self> {
         if self.nar.content == Content::Unchanged {
             return Some(self);
         }
         // Who waits for the same file finds it read.
-        let _turn = proving.acquire().await.ok()?;
+        let turn = Arc::clone(proving).acquire_owned().await.ok()?;
         let kept = Self::open(&self.backend, self.name)?;
         let Content::Unknown(stamp) = kept.nar.content else {
             return Some(kept);
         };
-        let (nar, expected) = (kept.nar.clone(), kept.name.file_hash);
-        let read = tokio::task::spawn_blocking(move || nar.has_hash(expected));
-        let cause = match read.await.ok()? {
-            Ok(true) => {
-                if let Some(stamp) = stamp {
-                    kept.backend.proven(&kept.name, stamp);
+        let read = tokio::task::spawn_blocking(move || {
+            let _turn = turn;
+            let cause = match kept.nar.has_hash(kept.name.file_hash) {
+                Ok(true) => {
+                    if let Some(stamp) = stamp {
+                        kept.backend.proven(&kept.name, stamp);
+                    }
+                    return Some(kept);
                 }
-                return Some(kept);
-            }
-            Ok(false) => "it was changed".to_owned(),
-            Err(error) => error.to_string(),
-        };
-        kept.backend.corrupt(&kept.name, &cause);
-        None
+                Ok(false) => "it was changed".to_owned(),
+                Err(error) => error.to_string(),
+            };
+            kept.backend.corrupt(&kept.name, &cause);
+            None
+        });
+        read.await.ok()?
     }
 
     /// Notes that the file ended before its size, so that it is not served again.

@@ -6,7 +6,6 @@
 //! file that brings far more bytes than its NAR has is given up here, because no reader would see it.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -57,8 +56,6 @@ pub struct BinaryCacheOptions {
     /// KiB under way at once where they share one: a round trip's worth of a quick line, and little enough that over a
     /// slow one each of them still gets something every few seconds.
     pub shared_small_kib: u32,
-    /// For a transfer to get its turn.
-    pub turn_timeout: Duration,
     /// Places of NARs that are remembered, some 200 bytes each; a closure has up to 20,000 paths.
     pub places_max: u64,
     /// Bytes of a decoded build log; it is held in memory whole.
@@ -202,7 +199,7 @@ impl FeedSource for MusterFeed {
             return Ok(None);
         }
         let place = self.files.locate(CATALOG)?;
-        let feed = self.files.open(&place, 0, FileSize::Large).await?;
+        let feed = self.files.open(&place, 0, FileSize::Endless).await?;
         Ok(feed.map(|feed| Arc::clone(&self.pulse).watching(feed.bytes)))
     }
 }
@@ -451,7 +448,6 @@ impl Default for BinaryCacheOptions {
             large_max: 8,
             small_max: 25,
             shared_small_kib: 4 << 10,
-            turn_timeout: Duration::from_secs(60),
             places_max: 50_000,
             log_bytes_max: 64 << 20,
             catalog: Some(FeedOptions::default()),

@@ -32,8 +32,10 @@ pub struct FilePart {
 pub enum FileSize {
     /// Up to some MiB: it may share a connection with others of its kind.
     Small,
-    /// Larger, or without an end: it has a connection of its own.
+    /// Larger: it has a connection of its own.
     Large,
+    /// Without an end, and mostly with nothing to say: likewise, and it may come as slowly as it likes.
+    Endless,
 }
 
 /// Where the files of one cache are.

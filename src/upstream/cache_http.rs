@@ -128,7 +128,7 @@ impl CacheHttp {
                 return Ok(None);
             }
             let peer = got.peer();
-            let text = whole(self.body(got)?, bytes_max).await?;
+            let text = whole(self.body(got, FileSize::Small)?, bytes_max).await?;
             Ok(Some((text, peer)))
         };
         let after = self.query_timeout;
@@ -172,14 +172,21 @@ impl CacheHttp {
     }
 
     /// Returns the body without what was put around the file on its way.
-    fn body(&self, got: Got) -> Result<FileStream, Error> {
+    fn body(&self, got: Got, size: FileSize) -> Result<FileStream, Error> {
+        let options = HttpOptions {
+            drip_bytes: match size {
+                FileSize::Small | FileSize::Large => self.options.drip_bytes,
+                FileSize::Endless => 0,
+            },
+            ..self.options.clone()
+        };
         let encoding = match got.content_encoding() {
-            None => return Ok(got.body(&self.options)),
+            None => return Ok(got.body(&options)),
             Some("x-gzip") => Some(Compression::Gzip),
             Some(name) => Compression::parse(&name.to_ascii_lowercase()),
         };
         let name = got.content_encoding().unwrap_or_default().to_owned();
-        let body = got.body(&self.options);
+        let body = got.body(&options);
         let decoded = encoding.and_then(|encoding| self.decoder.decode_stream(encoding, body));
         let decoded = decoded.ok_or_else(|| {
             Error::Unsupported(format!("content encoding {name:?} cannot be read").into())
@@ -264,7 +271,7 @@ impl CacheFiles for CacheHttp {
                 return Err(Error::Protocol(cause.into()));
             }
         };
-        let bytes = self.body(got)?;
+        let bytes = self.body(got, size)?;
         Ok(Some(FilePart { begins_at, bytes }))
     }
 

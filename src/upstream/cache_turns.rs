@@ -7,10 +7,8 @@
 //! ```
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::timeout;
 
 use super::Error;
 use super::binary_cache::BinaryCacheOptions;
@@ -23,7 +21,6 @@ pub(super) struct Turns {
     /// KiB of those that share a connection.
     shared_small: Arc<Semaphore>,
     shared_small_kib: u32,
-    after: Duration,
 }
 
 impl Turns {
@@ -36,13 +33,12 @@ impl Turns {
             small: count(options.small_max),
             shared_small: Arc::new(Semaphore::new(shared_small_kib as usize)),
             shared_small_kib,
-            after: options.turn_timeout,
         }
     }
 
     /// Waits for the turn of a NAR, which lasts until the permit is dropped.
     ///
-    /// Dropped, it waits no more and took nothing.
+    /// That takes as long as the others do, and says nothing of the cache. Dropped, it waits no more and took nothing.
     pub(super) async fn next(
         &self,
         nar_size: u64,
@@ -55,13 +51,10 @@ impl Turns {
                 (&self.shared_small, count)
             }
             FileSize::Small => (&self.small, 1),
-            FileSize::Large => (&self.large, 1),
+            FileSize::Large | FileSize::Endless => (&self.large, 1),
         };
-        let (question, after) = ("a turn to send a NAR", self.after);
-        match timeout(after, Arc::clone(turns).acquire_many_owned(count)).await {
-            Ok(permit) => permit.map_err(|_| Error::Down("it is being closed".into())),
-            Err(_) => Err(Error::TimedOut { question, after }),
-        }
+        let permit = Arc::clone(turns).acquire_many_owned(count).await;
+        permit.map_err(|_| Error::Down("it is being closed".into()))
     }
 }
 
@@ -80,3 +73,28 @@ const SHARED_KIB_LEAST: u32 = 20;
 
 /// Keeps a typing error from the semaphores.
 const TRANSFERS_MAX: usize = 1000;
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::time::sleep;
+
+    use super::super::cache_folder::CacheFolder;
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_turn_is_waited_for_as_long_as_it_takes() {
+        let turns = Turns::new(&BinaryCacheOptions {
+            large_max: 1,
+            ..BinaryCacheOptions::default()
+        });
+        let files = CacheFolder::new("/none", Duration::from_secs(1));
+        let first = turns.next(5 << 20, &files).await.unwrap();
+        let (next, ()) = tokio::join!(turns.next(5 << 20, &files), async {
+            sleep(Duration::from_secs(3600)).await;
+            drop(first);
+        });
+        assert!(next.is_ok());
+    }
+}

@@ -114,8 +114,7 @@ impl<C: Clone> Generations<C> {
                     continue;
                 }
                 let until = lost.since + self.lifetime * 2;
-                let empty = || (HashSet::new(), until);
-                let (orphans, last) = self.orphans.get_or_insert_with(empty);
+                let (orphans, last) = self.orphans.get_or_insert((HashSet::new(), until));
                 orphans.extend(lost.kept);
                 *last = until.max(*last);
             }
@@ -127,12 +126,17 @@ impl<C: Clone> Generations<C> {
         self.orphans.is_some()
     }
 
-    /// Takes the paths that are to be rooted anew.
-    pub fn take_orphans(&mut self) -> HashSet<StorePath> {
-        self.orphans
-            .take()
-            .map(|(paths, _)| paths)
-            .unwrap_or_default()
+    /// Takes the paths that are to be rooted anew, and until when they are to be held.
+    pub fn take_orphans(&mut self) -> Option<(HashSet<StorePath>, Instant)> {
+        self.orphans.take()
+    }
+
+    /// Notes paths that are yet to be rooted anew, until then.
+    pub fn orphan(&mut self, paths: impl IntoIterator<Item = StorePath>, until: Instant) {
+        let empty = || (HashSet::new(), until);
+        let (orphans, last) = self.orphans.get_or_insert_with(empty);
+        orphans.extend(paths);
+        *last = until.max(*last);
     }
 
     /// Tells when [`advance`](Self::advance) has something to do next.
@@ -207,8 +211,13 @@ mod tests {
         assert!(all.previous.is_none());
         all.lose(|c| *c == 2);
         assert_eq!(all.current(), None);
-        assert_eq!(all.take_orphans(), HashSet::from([path("a"), path("b")]));
+        let (orphans, until) = all.take_orphans().unwrap();
+        assert_eq!(orphans, HashSet::from([path("a"), path("b")]));
+        assert!(!all.has_orphans());
         assert_eq!(all.next_change(), None);
+        all.orphan([path("b")], until);
+        assert!(all.has_orphans(), "it could not be rooted");
+        assert_eq!(all.next_change(), Some(until));
     }
 
     #[test]

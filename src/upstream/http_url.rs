@@ -140,8 +140,17 @@ impl CacheUrl {
         let malformed = || UrlError::Malformed(excerpt(location));
         let base = Self::parse(&from.to_string())?;
         let location = location.split('#').next().unwrap_or_default();
-        let text = if location.contains("://") {
+        // A scheme stands before all else; behind it there may be another address, as in a query.
+        let before = location.split(['/', '?']).next().unwrap_or_default();
+        let text = if before.ends_with(':') {
             location.to_owned()
+        } else if location.starts_with('?') {
+            format!(
+                "{}://{}{}{location}",
+                base.scheme,
+                base.authority,
+                from.path()
+            )
         } else if location.starts_with("//") {
             format!("{}:{location}", base.scheme)
         } else if location.starts_with('/') {
@@ -320,6 +329,14 @@ mod tests {
         ] {
             assert!(redirect(to, &cdn).is_err(), "{to}");
         }
+        let moved = |to: &str| {
+            let from: Uri = "https://cache.example/a/b".parse().unwrap();
+            cache().redirect(&from, to, &[]).unwrap().to_string()
+        };
+        assert_eq!(moved("c"), "https://cache.example/a/c");
+        assert_eq!(moved("?token=1"), "https://cache.example/a/b?token=1");
+        let nested = "/download?url=https://other.example/c";
+        assert_eq!(moved(nested), format!("https://cache.example{nested}"));
         let plain = CacheUrl::parse("http://cache.example").unwrap();
         let from: Uri = "http://cache.example/x".parse().unwrap();
         assert!(

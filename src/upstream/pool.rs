@@ -94,6 +94,13 @@ impl Pool {
         self.shared.keep_warm(&mut slots);
     }
 
+    /// Has no further NAR come over the sessions that are there, as after a sleep, when they are dead.
+    pub fn renew(&self) {
+        let mut slots = self.shared.table.lock();
+        slots.clear();
+        self.shared.keep_warm(&mut slots);
+    }
+
     /// Opens the NAR of a path and waits for its first bytes; `None`: the path is gone.
     ///
     /// Dropped, a small NAR still comes and is thrown away; the session of a large one closes.

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until};
 use tracing::debug;
 
 use super::Error;
@@ -133,13 +133,7 @@ impl Shared {
             paths.iter().map(|path| generations.holds(path)).collect()
         };
         let missing = paths.iter().zip(&held).filter(|(_, held)| !**held);
-        // Asked after it was rooted, it cannot go in between.
-        let requests: Vec<_> = missing
-            .flat_map(|(path, _)| {
-                let rooted = Request::AddTempRoot(path.clone());
-                [rooted, Request::IsValidPath(path.clone())]
-            })
-            .collect();
+        let requests: Vec<_> = missing.flat_map(|(path, _)| requests_for(path)).collect();
         if requests.is_empty() {
             return held.into_iter().map(Ok).collect();
         }
@@ -246,18 +240,27 @@ impl Shared {
                 return false;
             }
         };
-        // What is gone meanwhile does not matter; if this connection is lost too, they are
-        // orphans again.
-        let orphans = self.generations().take_orphans();
-        let requests = orphans.iter().cloned().map(Request::AddTempRoot).collect();
-        let answers = timeout(self.options.query_timeout, session.ask_many(requests)).await;
-        let rooted = answers.map_or(0, |answers| answers.iter().filter(|a| a.is_ok()).count());
-        debug!(upstream = %self.name, paths = orphans.len(), rooted, "rooted anew");
-        let mut generations = self.generations();
+        let Some((orphans, until)) = self.generations().take_orphans() else {
+            return true;
+        };
+        let requests = orphans.iter().flat_map(requests_for).collect();
+        let mut answers = self.ask_many(&session, requests).await.into_iter();
+        let mut lost = Vec::new();
+        let (paths, mut gone) = (orphans.len(), 0);
         for path in orphans {
-            generations.note(|other| Arc::ptr_eq(other, &session), path);
+            match self.rooted(&session, &path, answers.next(), answers.next()) {
+                Ok(true) => {}
+                // Whoever asks for it next hears of it.
+                Ok(false) => gone += 1,
+                Err(_) => lost.push(path),
+            }
         }
-        true
+        debug!(upstream = %self.name, paths, gone, lost = lost.len(), "rooted anew");
+        let all = lost.is_empty();
+        if !all {
+            self.generations().orphan(lost, until);
+        }
+        all
     }
 
     /// Opens a spare session where one will soon be of use; `false` when that failed.
@@ -301,6 +304,12 @@ impl Shared {
         generations.advance(Instant::now().into_std());
         generations.current()
     }
+}
+
+/// A path is asked for after it was rooted, so that it cannot go in between.
+fn requests_for(path: &StorePath) -> [Request; 2] {
+    let rooted = Request::AddTempRoot(path.clone());
+    [rooted, Request::IsValidPath(path.clone())]
 }
 
 /// Lets generations end in time, also when nothing is asked, makes good the loss of one, and keeps

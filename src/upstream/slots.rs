@@ -79,6 +79,11 @@ impl Slots {
         self.slots.len() - 1
     }
 
+    /// Drops all sessions; those who use one still keep it.
+    pub(super) fn clear(&mut self) {
+        self.slots.clear();
+    }
+
     /// Drops the sessions at these places; those who use one still keep it.
     pub(super) fn remove(&mut self, mut places: Vec<usize>) {
         places.sort_unstable();

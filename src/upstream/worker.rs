@@ -164,6 +164,7 @@ impl Upstream for WorkerUpstream {
 
     fn reconnect(&self) {
         self.standing.reconnect();
+        self.pool.renew();
     }
 
     /// Takes one round trip when there is no such path, two when there is.

@@ -25,9 +25,18 @@ pub fn asking(
     store_dir: StoreDir,
     options: BinaryCacheOptions,
 ) -> BinaryCache {
+    asking_within(address, store_dir, options, HttpOptions::default())
+}
+
+/// The same within other bounds of HTTP.
+pub fn asking_within(
+    address: SocketAddr,
+    store_dir: StoreDir,
+    options: BinaryCacheOptions,
+    http: HttpOptions,
+) -> BinaryCache {
     let name = format!("http://{address}");
     let url = CacheUrl::parse(&name).unwrap();
-    let http = HttpOptions::default();
     let client = HttpClient::new(url, tls(None).unwrap(), Access::default(), http.clone());
     let files = CacheHttp::new(client, http, Decoder::default(), QUERY_TIMEOUT);
     BinaryCache::start(

@@ -18,6 +18,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use redb::{Database, ReadableDatabase as _, ReadableTable as _, Table, TableDefinition};
+use tracing::debug;
 
 use super::super::backend::Record;
 use super::super::stamp::Stamp;
@@ -47,7 +48,7 @@ pub enum IndexError {
     /// The database said so; its file may be damaged, or the disk full.
     #[error("{0}")]
     Database(#[from] redb::Error),
-    /// A record is not as it was written.
+    /// Its file is not as it was written.
     #[error("the index is damaged: {0}")]
     Damaged(String),
 }
@@ -93,14 +94,14 @@ impl Index {
     }
 
     /// Returns what is known of a path; it never waits for writers.
+    ///
+    /// A record that cannot be read is none: one bad row must not cost the others.
     pub fn get(&self, hash: StorePathHash) -> Result<Option<Record>, IndexError> {
         guarded(|| {
             let read = self.database.begin_read().map_err(redb::Error::from)?;
             let records = read.open_table(RECORDS).map_err(redb::Error::from)?;
             let found = records.get(&hash.0).map_err(redb::Error::from)?;
-            found
-                .map(|found| self.decode(hash, found.value()))
-                .transpose()
+            Ok(found.and_then(|found| decode(hash, found.value(), &self.store_dir)))
         })
     }
 
@@ -205,10 +206,6 @@ impl Index {
             Ok(done)
         })
     }
-
-    fn decode(&self, hash: StorePathHash, bytes: &[u8]) -> Result<Record, IndexError> {
-        decode(hash, bytes, &self.store_dir)
-    }
 }
 
 impl Changes<'_> {
@@ -217,12 +214,10 @@ impl Changes<'_> {
         self.totals
     }
 
-    /// Returns what is known of a path.
+    /// Returns what is known of a path, as [`Index::get`] does.
     pub fn get(&self, hash: StorePathHash) -> Result<Option<Record>, IndexError> {
         let found = self.records.get(&hash.0).map_err(redb::Error::from)?;
-        found
-            .map(|found| decode(hash, found.value(), self.store_dir))
-            .transpose()
+        Ok(found.and_then(|found| decode(hash, found.value(), self.store_dir)))
     }
 
     /// Returns the last use of a path.
@@ -344,14 +339,17 @@ impl Totals {
     }
 }
 
-fn decode(hash: StorePathHash, bytes: &[u8], store_dir: &StoreDir) -> Result<Record, IndexError> {
-    let damaged = |cause: String| IndexError::Damaged(format!("{hash}: {cause}"));
-    let text = str::from_utf8(bytes).map_err(|e| damaged(e.to_string()))?;
-    let record = text::read(text, store_dir).map_err(|e| damaged(e.to_string()))?;
-    if record.info.path.hash() != hash {
-        return Err(damaged("it is of another path".to_owned()));
-    }
-    Ok(record)
+/// Reads a record; `None` when it is not as it was written, or was written by a version that took more for one.
+fn decode(hash: StorePathHash, bytes: &[u8], store_dir: &StoreDir) -> Option<Record> {
+    let text = str::from_utf8(bytes).map_err(|error| error.to_string());
+    let record = text.and_then(|t| text::read(t, store_dir).map_err(|error| error.to_string()));
+    let record = record.and_then(|record| match record.info.path.hash() == hash {
+        true => Ok(record),
+        false => Err("it is of another path".to_owned()),
+    });
+    record
+        .inspect_err(|cause| debug!(path.hash = %hash, cause, "a row of the index is passed over"))
+        .ok()
 }
 
 /// Makes an error of a panic: the database asserts what a damaged file can break.
@@ -444,6 +442,28 @@ mod tests {
         assert_eq!(totals_now.unwrap(), totals(2, 23, 0));
         let page = index.page(Some(StorePathHash([2; 20])), 10).unwrap();
         assert_eq!(page, [(StorePathHash([3; 20]), 3)]);
+    }
+
+    #[test]
+    fn a_record_that_cannot_be_read_costs_itself_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let index = open(&dir.path().join("index"));
+        let hash = StorePathHash([1; 20]);
+        for text in [&b"of another version"[..], &[0xff]] {
+            let written = index.write(|changes| {
+                changes.put(&record(1, Some(10)), 5)?;
+                let spoilt = changes.records.insert(&hash.0, text);
+                spoilt.map(drop).map_err(redb::Error::from)?;
+                assert_eq!(changes.get(hash)?, None);
+                Ok(changes.totals().entries)
+            });
+            assert_eq!(written.unwrap(), 1);
+            assert_eq!(index.get(hash).unwrap(), None);
+        }
+        let again = index.write(|changes| changes.put(&record(1, Some(10)), 6));
+        again.unwrap();
+        assert_eq!(index.get(hash).unwrap(), Some(record(1, Some(10))));
+        assert_eq!(index.totals().unwrap().bytes, 10);
     }
 
     #[test]

@@ -34,7 +34,6 @@ pub mod upkeep;
 pub mod verify;
 mod writer;
 
-use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -54,7 +53,7 @@ use crate::nix::store_path::{StoreDir, StorePathHash};
 use folder::Folder;
 use place::OnDisk;
 use queue::{Denial, Task};
-use shared::Shared;
+use shared::{Shared, is_of_the_file};
 use writer::Writer;
 
 /// The bounds of a cache on disk, and whose it is.
@@ -220,10 +219,7 @@ impl Backend for DiskCache {
                 bytes_max,
             });
         }
-        if let Some(cause) = shared.out_of_space() {
-            shared.degrade(cause.clone());
-            return Err(Error::Degraded(cause));
-        }
+        shared.ask_for_space()?;
         let reservation = shared.reserve(size_bytes.min(RESERVED_AHEAD_MAX))?;
         let made = shared.folder.create_temp("nar");
         let (temp, file) = made.map_err(|source| {
@@ -303,28 +299,6 @@ impl Drop for DiskCache {
     fn drop(&mut self) {
         self.shared.queue.stop();
     }
-}
-
-impl Shared {
-    /// Says so when the file system has no room to spare.
-    fn out_of_space(&self) -> Option<String> {
-        let dir = self.folder.root().display();
-        match self.folder.free_bytes() {
-            Ok(free) if free >= self.options.free_bytes_min => None,
-            Ok(free) => Some(format!(
-                "the file system of {dir} has only {free} bytes left"
-            )),
-            Err(error) => Some(format!("{dir}: {error}")),
-        }
-    }
-}
-
-/// Tells an error of this entry from one that may pass, such as too many open files.
-fn is_of_the_file(error: &io::Error) -> bool {
-    use io::ErrorKind::{InvalidData, NotFound};
-    let kinds = [NotFound, InvalidData];
-    let hardware = rustix::io::Errno::from_io_error(error) == Some(rustix::io::Errno::IO);
-    kinds.contains(&error.kind()) || hardware
 }
 
 /// Bytes that a fill may have reserved and not written: what was only declared evicts no more than this.

@@ -70,23 +70,29 @@ impl Place for OnDisk {
         let work = move || {
             let stamp = Stamp::set(&this.file).ok();
             // Here, so that the writer need not wait for gigabytes; small ones share one sync.
-            let synced = large && this.file.sync_data().is_ok();
+            if large && let Err(source) = this.file.sync_data() {
+                // The system tells it once: whoever syncs the file again hears that all is well.
+                let what = format!("syncing a nar in {}", this.shared.folder.root().display());
+                this.shared.note_failure(&what, &source);
+                return Err(Error::Io { what, source });
+            }
             this.shared.queue.push(Task::Commit(Box::new(Commit {
                 temp: this.temp,
-                synced,
+                synced: large,
                 stamp,
                 record,
                 narinfo,
                 reservation: this.reservation,
                 reply,
             })));
+            Ok(())
         };
         if large {
             // It goes on when nobody waits for it any more.
             let synced = tokio::task::spawn_blocking(work).await;
-            synced.map_err(|_| Error::Stopping)?;
+            synced.map_err(|_| Error::Stopping)??;
         } else {
-            work();
+            work()?;
         }
         done.await.unwrap_or(Err(Error::Stopping))
     }

@@ -6,8 +6,8 @@
 use std::fs;
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use tracing::{debug, info, warn};
@@ -17,7 +17,8 @@ use super::folder::narinfo_hash;
 use super::foreign::{self, Met};
 use super::index::IndexError;
 use super::queue::Task;
-use super::shared::Shared;
+use super::shared::{Shared, is_of_the_file};
+use crate::nix::store_path::StorePathHash;
 
 /// Begins the pass in a thread of its own, which ends with the cache.
 pub fn start(shared: &Arc<Shared>) {
@@ -50,12 +51,30 @@ impl Pass {
         // Others first; where that is not allowed, resting is enough.
         _ = rustix::process::setpriority_process(None, 10);
         let begun = Instant::now();
-        self.shared.foreign.take();
-        let done = self
-            .narinfos()
-            .and_then(|()| self.nars())
-            .and_then(|()| self.rows());
-        let dir = self.shared.folder.root().display();
+        let shared = Arc::clone(&self.shared);
+        let index = shared.index().as_ref().map(Arc::downgrade);
+        let is_over = || {
+            let index = index.as_ref().and_then(Weak::upgrade);
+            shared.queue.is_stopped() || index.is_none()
+        };
+        let dir = shared.folder.root().display();
+        let done = loop {
+            self.shared.foreign.take();
+            self.since = Instant::now();
+            let done = self
+                .narinfos()
+                .and_then(|()| self.nars())
+                .and_then(|()| self.rows());
+            let Err(End::Folder(error)) = &done else {
+                break done;
+            };
+            warn!(%dir, %error, "the cache is not reconciled yet");
+            // Until then nobody counts what is not listed, nor takes its signatures off.
+            shared.queue.sleep(shared.options.retry_after);
+            if is_over() {
+                break Err(End::Stopped);
+            }
+        };
         match done {
             Ok(()) => {
                 debug!(%dir, elapsed = ?begun.elapsed(), "cache reconciled");
@@ -65,8 +84,7 @@ impl Pass {
                     info!(%dir, count, %first, "files of others in the cache are left alone");
                 }
             }
-            Err(End::Stopped) => {}
-            Err(End::Folder(error)) => warn!(%dir, %error, "the cache is not reconciled"),
+            Err(End::Stopped | End::Folder(_)) => {}
             Err(End::Index(error)) => self.shared.index_failed(&error),
         }
     }
@@ -123,20 +141,24 @@ impl Pass {
             };
             after = Some(*last);
             for (hash, _) in page.iter().filter(|(_, size)| *size > 0) {
-                let record = self.index()?.get(*hash)?;
-                let found = record.and_then(|record| {
-                    let path = self.shared.folder.nar(&record.name()?);
-                    let found = fs::symlink_metadata(path).ok();
-                    Some(found.is_some_and(|f| {
-                        f.is_file() && Some(f.len()) == record.file.map(|f| f.size_bytes)
-                    }))
-                });
-                if found == Some(false) {
+                if !self.may_be_there(*hash)? {
                     self.ask(Task::Gone(*hash))?;
                 }
                 self.rest()?;
             }
         }
+    }
+
+    /// Tells whether a row that lists a NAR can be read, and the NAR has its size or cannot be looked at now.
+    fn may_be_there(&self, hash: StorePathHash) -> Result<bool, End> {
+        let record = self.index()?.get(hash)?;
+        let Some((name, file)) = record.and_then(|r| r.name().zip(r.file)) else {
+            return Ok(false);
+        };
+        Ok(match fs::symlink_metadata(self.shared.folder.nar(&name)) {
+            Ok(found) => found.is_file() && found.len() == file.size_bytes,
+            Err(error) => !is_of_the_file(&error),
+        })
     }
 
     fn index(&self) -> Result<Arc<super::index::Index>, End> {

@@ -54,6 +54,8 @@ pub struct Shared {
     /// Background passes that began. No other lock is taken under it.
     passes: Mutex<Vec<JoinHandle<()>>>,
     reserved: AtomicU64,
+    /// What the file system is to have of our bytes.
+    lacking: Mutex<Lacking>,
     clock: AtomicU64,
     /// Counts since the start.
     pub counts: Counts,
@@ -93,6 +95,14 @@ impl Signing {
     }
 }
 
+/// Bytes that are to be evicted so that the file system has room.
+#[derive(Default)]
+struct Lacking {
+    bytes: u64,
+    /// Some file systems take a while to count what was removed.
+    asked_at: Option<Instant>,
+}
+
 struct Degraded {
     cause: String,
     retry_at: Instant,
@@ -122,6 +132,7 @@ impl Shared {
             signing: RwLock::new(None),
             passes: Mutex::default(),
             reserved: AtomicU64::new(0),
+            lacking: Mutex::default(),
             clock: AtomicU64::new(0),
             counts: Counts::default(),
         }
@@ -252,7 +263,8 @@ impl Shared {
                 "its nar has {size} of {} bytes",
                 file.size_bytes
             ))),
-            Err(error) => Err(malformed(&format!("its nar: {error}"))),
+            Err(error) if is_of_the_file(&error) => Err(malformed(&format!("its nar: {error}"))),
+            Err(error) => Err(TextError::Unknown(error.to_string())),
         }
     }
 
@@ -350,6 +362,53 @@ impl Shared {
         bytes.saturating_sub(self.options.bytes_max)
     }
 
+    /// Has the writer evict what the file system lacks, if that is soon enough and would be enough.
+    ///
+    /// The cache's bound may be larger than its file system. Fails, with the cause, when there is no room to spare.
+    pub fn ask_for_space(&self) -> Result<(), Error> {
+        let dir = self.folder.root().display();
+        let free = self.folder.free_bytes().map_err(|error| {
+            let cause = format!("{dir}: {error}");
+            self.degrade(cause.clone());
+            Error::Degraded(cause)
+        })?;
+        let least = self.options.free_bytes_min;
+        if free >= least + least / 2 {
+            return Ok(());
+        }
+        let kept = lock(&self.totals).bytes;
+        // Some more, or every fill would ask.
+        let bytes = (2 * least - free.min(2 * least)) + kept / 16;
+        if bytes <= kept && self.index().is_some() {
+            let now = Instant::now();
+            let pause = self.options.retry_after.min(SPACE_PAUSE_MAX);
+            let mut lacking = lock(&self.lacking);
+            let asked = |at: Instant| now.duration_since(at) < pause;
+            if !lacking.asked_at.is_some_and(asked) {
+                lacking.bytes = bytes;
+                lacking.asked_at = Some(now);
+                drop(lacking);
+                self.queue.wake();
+            }
+            return if free >= least {
+                Ok(())
+            } else {
+                Err(Error::Full)
+            };
+        }
+        if free >= least {
+            return Ok(());
+        }
+        let cause = format!("the file system of {dir} has only {free} bytes left");
+        self.degrade(cause.clone());
+        Err(Error::Degraded(cause))
+    }
+
+    /// Takes over how many bytes are to be evicted for the file system's sake.
+    pub fn take_lacking(&self) -> u64 {
+        std::mem::take(&mut lock(&self.lacking).bytes)
+    }
+
     /// Sets bytes aside for a fill; the writer makes room for them.
     pub fn reserve(self: &Arc<Self>, bytes: u64) -> Result<Reservation, Error> {
         let mut reservation = Reservation {
@@ -434,9 +493,19 @@ pub fn concerns_all(error: &io::Error) -> bool {
     kinds.contains(&error.kind()) || hardware
 }
 
+/// Tells an error of this entry from one that may pass, such as too many open files.
+pub fn is_of_the_file(error: &io::Error) -> bool {
+    use io::ErrorKind::{InvalidData, NotFound};
+    let kinds = [NotFound, InvalidData];
+    let hardware = rustix::io::Errno::from_io_error(error) == Some(rustix::io::Errno::IO);
+    kinds.contains(&error.kind()) || hardware
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Milliseconds.
 const CLOSE_TRIES: u32 = 1000;
+/// After which what was evicted should be free.
+const SPACE_PAUSE_MAX: Duration = Duration::from_secs(5);

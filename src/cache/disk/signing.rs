@@ -12,6 +12,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
 
+use tokio::sync::oneshot;
 use tracing::{debug, info, warn};
 
 use super::queue::Task;
@@ -72,6 +73,11 @@ fn run(shared: &Shared, signing: &Signing) {
 
 /// Goes through all entries; `None` when it ended early.
 fn pass(shared: &Shared, signing: &Signing) -> io::Result<Option<Tally>> {
+    // A commit that is being made carries the signatures of before, and is listed by then.
+    let (reply, done) = oneshot::channel();
+    if !shared.queue.push_patiently(Task::Flush(reply)) || done.blocking_recv().is_err() {
+        return Ok(None);
+    }
     let mut sum = Tally::default();
     let mut after = None;
     loop {

@@ -33,6 +33,9 @@ pub enum TextError {
     /// Neither a key of ours nor its own name vouches for it.
     #[error("it is signed by none of the present keys")]
     Unsigned,
+    /// Its file cannot be looked at just now, which says nothing of it.
+    #[error("its nar cannot be opened now: {0}")]
+    Unknown(String),
 }
 
 /// Writes a record for the index.

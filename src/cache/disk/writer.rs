@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 use tracing::{debug, warn};
 
+use super::super::backend::Error;
 use super::super::nar_name::NarName;
 use super::folder::{self, FolderError, Lock};
 use super::index::{Index, IndexError};
@@ -159,16 +160,26 @@ impl Writer {
 
     /// Removes the least recently used entries until all fits, at most some hundred at one go.
     fn make_room(&mut self) {
-        while self.shared.bytes_over() > 0 {
+        let lacking = self.shared.take_lacking();
+        let bytes_max = self.shared.stats().bytes.saturating_sub(lacking);
+        loop {
+            let over = || {
+                let bytes = self.shared.stats().bytes;
+                let lacking = bytes.saturating_sub(bytes_max);
+                self.shared.bytes_over().max(lacking)
+            };
+            if over() == 0 {
+                return;
+            }
             // What was just used must not go first, even if that came after this batch.
             self.touches.extend(self.shared.queue.take_touches());
             self.write_touches();
             let Some(index) = self.shared.index() else {
                 return;
             };
-            let over = self.shared.bytes_over();
             let bytes = self.shared.stats().bytes;
-            let target = bytes.saturating_sub(over);
+            let over = self.shared.bytes_over();
+            let target = bytes.saturating_sub(over).min(bytes_max);
             match removal::take_oldest(&index, target, EVICTED_MAX) {
                 Ok((names, totals)) => {
                     self.shared.set_totals(totals);
@@ -297,9 +308,6 @@ impl Writer {
             }
         }
         self.shared.readable.store(true, Ordering::Release);
-        if let Some(cause) = self.shared.out_of_space() {
-            return self.shared.degrade(cause);
-        }
         if self.shared.index().is_none() {
             match self.open_index() {
                 Ok(index) => {
@@ -312,6 +320,12 @@ impl Writer {
                     return self.shared.degrade(format!("{}: {error}", path.display()));
                 }
             }
+        }
+        match self.shared.ask_for_space() {
+            Ok(()) => {}
+            // There is enough to evict, and then it can be written.
+            Err(Error::Full) => self.make_room(),
+            Err(_) => return,
         }
         if self.shared.recover() {
             // What could not be written is yet to be.

@@ -62,6 +62,11 @@ fn signing(config: &Config, keys: &Keys, subject: &mut Subject) {
                 let seen = format!("{} in {}, private", key.name(), file.display());
                 subject.add(Finding::ok(name, seen));
             }
+            for file in &config.unseen_keys {
+                let seen = format!("{} is no file here: a credential?", file.display());
+                let remedy = "`muster check --as-service` sees the credentials of the service";
+                subject.add(Finding::note(name, seen).remedy(remedy));
+            }
             if let Some(file) = &config.key_to_be_made {
                 let seen = format!(
                     "none yet; the first `muster serve` makes {}",

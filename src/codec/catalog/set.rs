@@ -71,6 +71,12 @@ impl HashSet {
         true
     }
 
+    /// Tells whether far more members lie beside this one than chance would have it, so that each further one takes long.
+    pub fn is_skewed_at(&self, hash: &StorePathHash) -> bool {
+        let beside = self.buckets.get(place(hash)).map_or(0, Vec::len);
+        beside > BESIDE_MAX + 4 * self.len / BUCKETS
+    }
+
     /// Takes a hash part out; `false`: it was not there.
     pub fn remove(&mut self, hash: &StorePathHash) -> bool {
         let Some(bucket) = self.buckets.get_mut(place(hash)) else {
@@ -142,6 +148,9 @@ fn weight(hash: &StorePathHash) -> u64 {
 
 /// How many buckets there are.
 pub const BUCKETS: usize = 4096;
+
+/// Members of a small set that may lie in one bucket, by whatever chance.
+const BESIDE_MAX: usize = 1024;
 
 /// Room that a bucket gets at once, and keeps at most twice.
 const GROWTH: usize = 8;

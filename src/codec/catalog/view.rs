@@ -93,6 +93,10 @@ impl View {
             (Frame::Paths(hashes) | Frame::Added(hashes), _) => {
                 for hash in hashes {
                     self.paths.insert(hash);
+                    if self.paths.is_skewed_at(&hash) {
+                        self.clear();
+                        return Err(FeedError::Mismatch("its paths are no hashes"));
+                    }
                 }
                 if self.paths.len() > self.options.paths_max {
                     self.clear();
@@ -236,6 +240,25 @@ mod tests {
                 applied.unwrap();
             }
         }
+    }
+
+    #[test]
+    fn a_feed_of_what_chance_would_not_bring_is_refused() {
+        let now = Instant::now();
+        let feed = |same: usize| {
+            let mut view = view();
+            let store_dir = StoreDir::default().as_str().to_owned();
+            view.apply(Frame::Begin { store_dir }, now).unwrap();
+            let mut random = fastrand::Rng::with_seed(1);
+            let hashes = std::iter::repeat_with(|| {
+                let mut hash = [0; 20];
+                random.fill(&mut hash[same..]);
+                StorePathHash(hash)
+            });
+            view.apply(Frame::Paths(hashes.take(100_000).collect()), now)
+        };
+        assert!(feed(0).is_ok());
+        assert!(feed(2).is_err());
     }
 
     proptest! {

@@ -4,6 +4,7 @@ use tracing::{debug, warn};
 
 use super::super::super::backend::Record;
 use super::super::super::nar_name::NarName;
+use super::super::shared::is_of_the_file;
 use super::super::text::TextError;
 use super::super::{folder, removal};
 use super::Writer;
@@ -39,6 +40,9 @@ impl Writer {
                 debug!(file = %path.display(), url, "a foreign narinfo is left alone");
                 self.shared.foreign.note(path);
             }
+            Err(error @ TextError::Unknown(_)) => {
+                debug!(file = %path.display(), %error, "a narinfo in the cache is left for the next start");
+            }
             Err(error) => {
                 warn!(file = %path.display(), %error, "a narinfo in the cache is removed");
                 _ = folder::remove(&path);
@@ -69,8 +73,11 @@ impl Writer {
     }
 
     pub(super) fn gone(&self, hash: StorePathHash) {
-        let Some(Ok(Some(record))) = self.shared.index().map(|index| index.get(hash)) else {
-            return;
+        let record = match self.shared.index().map(|index| index.get(hash)) {
+            Some(Ok(Some(record))) => record,
+            // Listed, and not to be read.
+            Some(Ok(None)) => return self.unlist(hash),
+            Some(Err(_)) | None => return,
         };
         let Some((name, file)) = record.name().zip(record.file) else {
             return;
@@ -78,7 +85,11 @@ impl Writer {
         let cause = match self.shared.folder.open_nar(&name) {
             Ok((_, size)) if size == file.size_bytes => return,
             Ok((_, size)) => format!("it has {size} of {} bytes", file.size_bytes),
-            Err(error) => error.to_string(),
+            Err(error) if is_of_the_file(&error) => error.to_string(),
+            Err(error) => {
+                let file = self.shared.folder.nar(&name);
+                return debug!(file = %file.display(), %error, "a nar cannot be opened now");
+            }
         };
         self.corrupt(&name, &cause);
     }
