@@ -86,7 +86,30 @@ async fn run(config: Config, load: &dyn Fn() -> anyhow::Result<Config>) -> anyho
     background.spawn(watchdog());
     notify(&[NotifyState::Ready]);
 
-    while signals.next().await == Told::Reload {
+    let mut current = config.clone();
+    loop {
+        let left_out = upstreams.left_out();
+        let told = tokio::select! {
+            told = signals.next() => Some(told),
+            () = tokio::time::sleep(upstreams::RETRY), if left_out > 0 => None,
+        };
+        match told {
+            Some(Told::Stop) => break,
+            Some(Told::Reload) => {}
+            None => {
+                let again = setup(&current, &mut upstreams, only_loopback);
+                if let Ok(setup) = again
+                    && upstreams.left_out() < left_out
+                {
+                    substituter.replace(setup);
+                    info!(
+                        left_out = upstreams.left_out(),
+                        "upstreams that were left out are there"
+                    );
+                }
+                continue;
+            }
+        }
         notify_reloading();
         let anew = load().and_then(|anew| {
             let setup = setup(&anew, &mut upstreams, only_loopback)?;
@@ -105,6 +128,7 @@ async fn run(config: Config, load: &dyn Fn() -> anyhow::Result<Config>) -> anyho
                 substituter.replace(setup);
                 // After it: whoever reads this line may rely on it.
                 info!(upstreams, "configuration read anew");
+                current = anew;
             }
             Err(error) => error!(
                 error = format!("{error:#}"),

@@ -395,6 +395,7 @@ async fn known_without_a_question(stores: u16) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_quiet_feed_is_not_taken_for_a_slow_drip() {
     let builder = Builder::new();
+    builder.add("file", b"file");
     let serving = muster(&builder, 1).await;
     let http = HttpOptions {
         drip_time: Duration::from_millis(400),

@@ -402,7 +402,11 @@ fn plain_http_needs_no_certificates() {
     fetch(&client, &store, &path, &muster);
     let status = client.run(&format!("muster status --url {}", muster.url()));
     assert!(status.out.contains("http://store/zstd"), "{status}");
-    // Said once, and a cache that needs them is left out.
+    // Said once, and a cache that needs them is left out, which the state shows.
+    assert!(
+        status.out.contains("left out") && status.out.contains("https://store/zstd"),
+        "{status}"
+    );
     let told = muster.log().matches("no certificates").count();
     assert_eq!(told, 1, "{}", muster.log());
     assert!(

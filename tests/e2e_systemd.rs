@@ -168,13 +168,31 @@ fn the_unit_of_a_client_logs_in_by_ssh_inside_its_sandbox_and_answers() {
         "{key_check}"
     );
     // Outside of it there are none of its credentials.
-    let outside = "/lab/bin/muster check --config /etc/muster/muster.toml --only 'signing key'";
-    let outside = systemd.run(outside);
-    assert_eq!(outside.rc, 1, "{outside}");
-    assert!(outside.out.contains("cannot read sign"), "{outside}");
+    let outside = "/lab/bin/muster check --config /etc/muster/muster.toml --only 'signing key' -v";
+    let outside = systemd.run(outside).ok();
+    assert!(outside.out.contains("sign is no file here"), "{outside}");
+    assert!(outside.out.contains("--as-service"), "{outside}");
+    let config_is = "/lab/bin/muster check-config /etc/muster/muster.toml";
+    let config_is = systemd.run(config_is).ok();
+    let unseen = "sign, a credential that the service alone sees";
+    assert!(config_is.out.contains(unseen), "{config_is}");
     assert_eq!(systemd.property("muster.service", "MainPID"), pid);
     systemd.run("test -d /run/muster").ok();
     realise(&systemd, &on_b1, &key);
+
+    // One that cannot start is given up soon: clients that come are refused, and do not wait for ever.
+    systemd.write("/etc/muster/muster.toml", 0o644, "nonsense");
+    systemd.run("systemctl stop muster.service").ok();
+    let connect = "bash -c 'exec 3<>/dev/tcp/127.0.0.1/5000'";
+    systemd.run(connect).ok();
+    let is_failed = || systemd.property("muster.socket", "ActiveState") == "failed";
+    assert!(eventually(60.0, is_failed), "it is started for ever");
+    assert_ne!(systemd.run(connect).rc, 0);
+    systemd.write("/etc/muster/muster.toml", 0o644, text(&config));
+    systemd
+        .run("systemctl reset-failed muster.service muster.socket && systemctl restart muster.service")
+        .ok();
+    realise(&systemd, &later, &key);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow};
 use tracing::warn;
@@ -19,6 +19,7 @@ use crate::upstream::Upstream;
 use crate::upstream::build_log::BuildLogs;
 use crate::upstream::daemon::DaemonSocket;
 use crate::upstream::http_client::{Got, HttpOptions};
+use crate::upstream::left_out::LeftOut;
 use crate::upstream::local::database::Place;
 use crate::upstream::local::{LocalOptions, LocalUpstream};
 use crate::upstream::runtime_dir::RuntimeDir;
@@ -33,6 +34,8 @@ use super::binary_caches::{self, BinaryCaches};
 /// The upstreams that run, by all that was said about them.
 pub(super) struct Upstreams {
     running: HashMap<String, Arc<Member>>,
+    /// Those that cannot be started, likewise, and what stands for each.
+    left_out: HashMap<String, (Arc<LeftOut>, Arc<Member>)>,
     next: u16,
     starter: Starter,
 }
@@ -49,6 +52,7 @@ impl Upstreams {
     pub(super) fn new() -> anyhow::Result<Self> {
         Ok(Self {
             running: HashMap::new(),
+            left_out: HashMap::new(),
             next: 0,
             starter: Starter::new()?,
         })
@@ -56,36 +60,63 @@ impl Upstreams {
 
     /// Starts what is configured and does not run, and lets go of what is not configured any more.
     ///
-    /// One that cannot be started is left out and said; the others serve.
+    /// One that cannot be started is left out and said; the others serve, and know that they are not all.
     pub(super) fn members(&mut self, config: &Config) -> anyhow::Result<Vec<Arc<Member>>> {
         let mut members = Vec::new();
-        let mut kept = HashMap::new();
+        let (mut kept, mut left_out) = (HashMap::new(), HashMap::new());
         for upstream in &config.upstreams {
             let said = said(upstream, config);
-            let member = match self.running.get(&said) {
-                Some(member) => Arc::clone(member),
-                None => match self.start(upstream, config) {
-                    Ok(member) => Arc::new(member),
-                    Err(error) => {
-                        warn!(
-                            upstream = upstream.name,
-                            source = %upstream.source,
-                            error = format!("{error:#}"),
-                            "upstream left out"
-                        );
-                        continue;
-                    }
-                },
-            };
-            kept.insert(said, Arc::clone(&member));
-            members.push(member);
+            if let Some(member) = self.running.get(&said) {
+                members.push(Arc::clone(member));
+                kept.insert(said, Arc::clone(member));
+                continue;
+            }
+            match self.starter.start(upstream, config) {
+                Ok(started) => {
+                    let member = Arc::new(self.member(upstream, started)?);
+                    members.push(Arc::clone(&member));
+                    kept.insert(said, member);
+                }
+                Err(error) => {
+                    let member = self.leave_out(upstream, &said, &error)?;
+                    members.push(Arc::clone(&member.1));
+                    left_out.insert(said, member);
+                }
+            }
         }
-        self.running = kept;
+        (self.running, self.left_out) = (kept, left_out);
         Ok(members)
     }
 
-    fn start(&mut self, upstream: &config::Upstream, config: &Config) -> anyhow::Result<Member> {
-        let started = self.starter.start(upstream, config)?;
+    /// Returns how many upstreams could not be started.
+    pub(super) fn left_out(&self) -> usize {
+        self.left_out.len()
+    }
+
+    /// Notes that an upstream cannot be started; that is told once, until the next reload.
+    fn leave_out(
+        &mut self,
+        upstream: &config::Upstream,
+        said: &str,
+        error: &anyhow::Error,
+    ) -> anyhow::Result<(Arc<LeftOut>, Arc<Member>)> {
+        let error = format!("{error:#}");
+        if let Some((left_out, member)) = self.left_out.get(said) {
+            left_out.failed_again(&error, RETRY);
+            return Ok((Arc::clone(left_out), Arc::clone(member)));
+        }
+        let (name, source) = (&upstream.name, &upstream.source);
+        warn!(upstream = name, %source, error, "upstream left out, it is tried again each minute");
+        let left_out = Arc::new(LeftOut::new(name, &error, RETRY));
+        let member = self.member(upstream, Arc::clone(&left_out) as Arc<dyn Upstream>)?;
+        Ok((left_out, Arc::new(member)))
+    }
+
+    fn member(
+        &mut self,
+        upstream: &config::Upstream,
+        started: Arc<dyn Upstream>,
+    ) -> anyhow::Result<Member> {
         let id = UpstreamId(self.next);
         self.next = self
             .next
@@ -239,6 +270,9 @@ fn run(
     let local = LocalUpstream::start(place, setup, options);
     Ok(Arc::new(local.context("cannot start a thread")?))
 }
+
+/// After which an upstream that could not be started is tried again.
+pub(super) const RETRY: Duration = Duration::from_secs(60);
 
 /// Tells whether an upstream is a store of this very machine.
 fn is_own_store(upstream: &config::Upstream) -> bool {

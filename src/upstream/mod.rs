@@ -25,6 +25,7 @@ mod http_pools;
 pub mod http_tls;
 pub mod http_url;
 mod leased;
+pub mod left_out;
 pub mod local;
 pub mod memory;
 pub mod peer_closures;
