@@ -40,7 +40,16 @@ fn pure_files_take_nothing_but_each_other() {
             .map(|line| line.split('#').next().unwrap_or_default())
             .collect::<Vec<_>>()
             .join("\n");
-        for word in ["pkgs", "<nixpkgs>", "fetch", "currentSystem", "getEnv"] {
+        for word in [
+            "pkgs",
+            "<nixpkgs>",
+            "fetchurl",
+            "fetchTarball",
+            "fetchTree",
+            "fetchGit",
+            "currentSystem",
+            "getEnv",
+        ] {
             assert!(!code.contains(word), "{file} has {word}");
         }
     }
