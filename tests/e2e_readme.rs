@@ -500,7 +500,7 @@ const PROGRAMS: [&str; 16] = [
 ];
 
 /// Command lines within a sentence that are in no block, and what runs them.
-const RUN_ELSEWHERE: [(&str, &str); 8] = [
+const RUN_ELSEWHERE: [(&str, &str); 11] = [
     (
         "nix-daemon --stdio",
         "sshd, in every test of tests/e2e_fetch.rs",
@@ -511,6 +511,12 @@ const RUN_ELSEWHERE: [(&str, &str); 8] = [
     ("muster serve --help", "tests/cli.rs"),
     ("muster sign-all --cache", "tests/sign_all_cache.rs"),
     ("cargo bench", "tests/run"),
+    ("systemctl status muster.socket", "tests/e2e_systemd.rs"),
+    ("journalctl -u muster", "tests/e2e_systemd.rs"),
+    (
+        "systemctl reset-failed muster.service muster.socket",
+        "tests/e2e_systemd.rs",
+    ),
     (
         "systemctl edit muster.socket",
         "an editor: the file that it writes is written by a block",

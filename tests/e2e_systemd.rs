@@ -188,9 +188,13 @@ fn the_unit_of_a_client_logs_in_by_ssh_inside_its_sandbox_and_answers() {
     let is_failed = || systemd.property("muster.socket", "ActiveState") == "failed";
     assert!(eventually(60.0, is_failed), "it is started for ever");
     assert_ne!(systemd.run(connect).rc, 0);
+    let socket = systemd.run("systemctl status muster.socket");
+    assert!(socket.out.contains("failed"), "{socket}");
+    let log = systemd.run("journalctl -u muster").ok();
+    assert!(log.out.contains("muster.toml"), "it says why: {log}");
     systemd.write("/etc/muster/muster.toml", 0o644, text(&config));
     systemd
-        .run("systemctl reset-failed muster.service muster.socket && systemctl restart muster.service")
+        .run("systemctl reset-failed muster.service muster.socket && systemctl restart muster")
         .ok();
     realise(&systemd, &later, &key);
 }
