@@ -139,7 +139,7 @@ impl Queue {
 
     /// Tells whether look-ups are not to gather any longer.
     fn is_full(&self, waiting: &Waiting) -> bool {
-        waiting.droppable * 2 > self.droppable_max
+        waiting.droppable > GATHERED_MAX.min(self.droppable_max / 2)
     }
 
     /// Tells whether a look-up of a path is on its way into the index.
@@ -246,6 +246,8 @@ impl Queue {
 /// How long look-ups wait for more of their kind: each write of the index costs a sync, and time of a processor that
 /// a client whose closure they are of has a better use for. What is lost with the machine is asked for again.
 const GATHER: Duration = Duration::from_secs(1);
+/// How many do so at most: a closure's, and in memory a few hundred kB.
+const GATHERED_MAX: usize = 512;
 /// Tasks that may wait before the background pass does.
 const PATIENT_MAX: usize = 256;
 
