@@ -88,24 +88,21 @@ async fn run(config: Config, load: &dyn Fn() -> anyhow::Result<Config>) -> anyho
 
     let mut current = config.clone();
     loop {
-        let left_out = upstreams.left_out();
         let told = tokio::select! {
             told = signals.next() => Some(told),
-            () = tokio::time::sleep(upstreams::RETRY), if left_out > 0 => None,
+            () = tokio::time::sleep(upstreams::RETRY), if upstreams.leaves_out() => None,
         };
         match told {
             Some(Told::Stop) => break,
             Some(Told::Reload) => {}
             None => {
-                let again = setup(&current, &mut upstreams, only_loopback);
-                if let Ok(setup) = again
-                    && upstreams.left_out() < left_out
-                {
-                    substituter.replace(setup);
-                    info!(
-                        left_out = upstreams.left_out(),
-                        "upstreams that were left out are there"
-                    );
+                match setup(&current, &mut upstreams, only_loopback) {
+                    Ok(setup) if setup.asks_others_than(&substituter.setup()) => {
+                        substituter.replace(setup);
+                        info!("an upstream that was left out is there");
+                    }
+                    Ok(_) => {}
+                    Err(error) => warn!(error = format!("{error:#}"), "upstreams not tried again"),
                 }
                 continue;
             }

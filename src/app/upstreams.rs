@@ -88,9 +88,9 @@ impl Upstreams {
         Ok(members)
     }
 
-    /// Returns how many upstreams could not be started.
-    pub(super) fn left_out(&self) -> usize {
-        self.left_out.len()
+    /// Tells whether an upstream could not be started.
+    pub(super) fn leaves_out(&self) -> bool {
+        !self.left_out.is_empty()
     }
 
     /// Notes that an upstream cannot be started; that is told once, until the next reload.

@@ -47,8 +47,8 @@ pub struct Config {
     pub nix_state_dir: PathBuf,
     /// How this machine's own store is read.
     pub local_store: LocalStore,
-    /// Keys that sign each path, of different names; none only where files were not to be read, or
-    /// the default key was not to be made.
+    /// Keys that sign each path, of different names; none only where files were not to be read, the service
+    /// alone sees them, or the default key was not to be made.
     pub secret_keys: Vec<SecretKey>,
     /// The files of the keys, in the same order.
     pub secret_key_files: Vec<PathBuf>,

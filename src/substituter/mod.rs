@@ -273,6 +273,12 @@ impl Setup {
         self.members.iter().find(|member| member.id == id)
     }
 
+    /// Tells whether its upstreams are not the very ones of another setup.
+    pub fn asks_others_than(&self, other: &Self) -> bool {
+        let ids = |setup: &Self| -> Vec<_> { setup.members.iter().map(|m| m.id).collect() };
+        ids(self) != ids(other)
+    }
+
     /// Reads a published text back.
     fn parse(&self, entry: &Entry) -> Option<PathInfo> {
         let text = std::str::from_utf8(&entry.text).ok()?;
