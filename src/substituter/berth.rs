@@ -13,6 +13,7 @@ use tracing::debug;
 
 use crate::cache::memory::UpstreamId;
 
+use super::member::Member;
 use super::now;
 
 /// The streams that nobody reads from at the moment.
@@ -27,8 +28,17 @@ pub(super) struct Berth<S> {
     idle: Mutex<Option<Idle<S>>>,
 }
 
+/// Who has room for a few transfers at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Giver {
+    /// An upstream, or the cache.
+    Member(UpstreamId),
+    /// Files that are still being written, of which there is no member.
+    Growing,
+}
+
 struct Idle<S> {
-    giver: UpstreamId,
+    giver: Giver,
     stream: S,
     since: Instant,
 }
@@ -36,7 +46,7 @@ struct Idle<S> {
 /// A berth, whatever lies in it.
 trait Place: Send + Sync {
     /// Since when a stream of this giver lies here.
-    fn idle_since(&self, giver: UpstreamId) -> Option<Instant>;
+    fn idle_since(&self, giver: Giver) -> Option<Instant>;
 
     /// Drops what lies here; `false` when its client came back before.
     fn clear(&self) -> bool;
@@ -55,8 +65,14 @@ impl Berths {
         berth
     }
 
+    /// Makes room at an upstream as [`Self::make_room`] does.
+    pub(super) async fn make_room_at(&self, member: &Member) -> Infallible {
+        let giver = Giver::Member(member.id);
+        self.make_room(giver, member.upstream.name()).await
+    }
+
     /// Makes room at a giver for as long as it is not dropped, one transfer at a time.
-    pub(super) async fn make_room(&self, giver: UpstreamId, name: &str) -> Infallible {
+    pub(super) async fn make_room(&self, giver: Giver, name: &str) -> Infallible {
         loop {
             tokio::time::sleep(PAUSE).await;
             if self.longest_idle(giver).is_some_and(|berth| berth.clear()) {
@@ -68,7 +84,7 @@ impl Berths {
         }
     }
 
-    fn longest_idle(&self, giver: UpstreamId) -> Option<Arc<dyn Place>> {
+    fn longest_idle(&self, giver: Giver) -> Option<Arc<dyn Place>> {
         let now = now();
         let since = |berth: &Arc<dyn Place>| {
             let since = berth.idle_since(giver)?;
@@ -85,7 +101,7 @@ impl Berths {
 
 impl<S> Berth<S> {
     /// Leaves a stream until the client wants more.
-    pub(super) fn leave(&self, giver: UpstreamId, stream: S) {
+    pub(super) fn leave(&self, giver: Giver, stream: S) {
         let since = now();
         *lock(&self.idle) = Some(Idle {
             giver,
@@ -101,7 +117,7 @@ impl<S> Berth<S> {
 }
 
 impl<S: Send> Place for Berth<S> {
-    fn idle_since(&self, giver: UpstreamId) -> Option<Instant> {
+    fn idle_since(&self, giver: Giver) -> Option<Instant> {
         let idle = lock(&self.idle);
         let idle = idle.as_ref().filter(|idle| idle.giver == giver)?;
         Some(idle.since)

@@ -18,7 +18,7 @@ use crate::nix::path_info::PathInfo;
 use crate::upstream::cache_files::FilePart;
 use crate::upstream::{self, NarStream};
 
-use super::berth::Berth;
+use super::berth::{Berth, Giver};
 use super::member::Member;
 use super::now;
 use super::same_file::{Holder, file_hash};
@@ -108,7 +108,7 @@ impl FileRelay {
         self.current = self.berth.take_back();
         let chunk = self.chunk(end).await?;
         if let Some(current) = self.current.take() {
-            self.berth.leave(current.0.id, current);
+            self.berth.leave(Giver::Member(current.0.id), current);
         }
         Ok(chunk)
     }
@@ -240,7 +240,7 @@ impl FileRelay {
             tokio::select! {
                 opened = member.upstream.open_encoded(info, nar, self.offset) => opened,
                 () = member.sickness() => Err(upstream::Error::Down("it is sick".into())),
-                never = shared.berths.make_room(member.id, member.upstream.name()) => match never {},
+                never = shared.berths.make_room_at(member) => match never {},
             }
         };
         let after = self.silence_max();

@@ -18,9 +18,9 @@ use crate::codec::slice::slice;
 use crate::nix::narinfo::Compression;
 use crate::upstream;
 
-use super::berth::Berth;
+use super::berth::{Berth, Giver};
 use super::filling::Filling;
-use super::kept::{GROWING, read_at};
+use super::kept::read_at;
 use super::nar_url::NarUrl;
 use super::shared::Shared;
 use super::transfer::{self, Error};
@@ -206,7 +206,7 @@ impl Plain {
         let item = rest.next().await?;
         if let Ok(chunk) = &item {
             self.offset += chunk.len() as u64;
-            self.berth.leave(GROWING, rest);
+            self.berth.leave(Giver::Growing, rest);
         }
         Some(item)
     }
@@ -220,7 +220,7 @@ impl Plain {
         let decoder = &shared.fillings.decoder;
         let window = tokio::select! {
             window = decoder.window(self.nar_size) => window,
-            never = shared.berths.make_room(GROWING, "the cache") => match never {},
+            never = shared.berths.make_room(Giver::Growing, "the cache") => match never {},
         };
         let file = Client::of(Arc::clone(filling)).follow(Arc::clone(shared), self.url);
         let decoded = decoder.decode_stream(Compression::Zstd, file);

@@ -374,8 +374,6 @@ fn believed(setup: &Setup, record: &Record) -> Option<(Verified, Vec<UpstreamId>
 
 /// The number of the member that stands for the cache; upstreams are counted from 0.
 pub(super) const KEPT: UpstreamId = UpstreamId(u16::MAX);
-/// The same of files that are still being written, of which there is no member.
-pub(super) const GROWING: UpstreamId = UpstreamId(u16::MAX - 1);
 
 /// Files that are read at the same time before they are given out: one that is large holds no small one up.
 pub(super) const PROVING_MAX: usize = 2;

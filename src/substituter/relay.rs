@@ -22,7 +22,7 @@ use crate::codec::keyed_sum::KeyedSum;
 use crate::nix::path_info::PathInfo;
 use crate::upstream::{self, NarStream, OpenedNar};
 
-use super::berth::Berth;
+use super::berth::{Berth, Giver};
 use super::givers::{Given, Givers, Witness, accuse, lock};
 use super::member::Member;
 use super::source::{Source, is_of_connection};
@@ -135,7 +135,7 @@ impl Relay {
         }
         let item = self.next_of_current().await;
         if let Some(current) = self.current.take() {
-            self.berth.leave(current.0.id, current);
+            self.berth.leave(Giver::Member(current.0.id), current);
             self.is_left = true;
         }
         item

@@ -135,7 +135,7 @@ impl Source {
             let opened = tokio::select! {
                 opened = member.nar(&info) => opened,
                 () = member.sickness() => Err(upstream::Error::Down("it is sick".into())),
-                never = shared.berths.make_room(member.id, member.upstream.name()) => match never {},
+                never = shared.berths.make_room_at(&member) => match never {},
                 () = self.another_after_stall() => {
                     debug!(upstream = member.upstream.name(), path = %info.path, "slow to begin");
                     self.set_aside(&member);
@@ -200,7 +200,7 @@ impl Source {
             async move {
                 let opened = tokio::select! {
                     opened = timeout(patience, member.nar(&info)) => opened,
-                    never = shared.berths.make_room(member.id, member.upstream.name()) => match never {},
+                    never = shared.berths.make_room_at(&member) => match never {},
                 };
                 let late = upstream::Error::TimedOut {
                     question: "NAR",
