@@ -86,6 +86,21 @@ async fn a_sick_builder_is_not_waited_for_and_a_404_without_it_is_counted() {
     assert_eq!(substituter.counters().narinfo_absent.value(), 0);
 }
 
+/// As in databases of old; Nix takes a narinfo with it for a corrupt one.
+#[tokio::test]
+async fn a_path_of_unknown_size_is_not_offered_and_another_builder_may_know_it() {
+    let (a, b) = (Scripted::new("a"), Scripted::new("b"));
+    let (info, nar) = path(1, 100, &[]);
+    let mut unknown = info.clone();
+    unknown.nar_size = 0;
+    a.add(&unknown, &nar);
+    let substituter = substituter(&[Arc::clone(&a), Arc::clone(&b)]);
+    assert!(!found(&substituter, &info).await);
+    assert_eq!(substituter.counters().narinfo_absent_unsure.value(), 1);
+    b.add(&info, &nar);
+    assert!(found(&substituter, &info).await);
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_404_with_full_knowledge_is_remembered_for_its_time_only() {
     let a = Scripted::new("a");

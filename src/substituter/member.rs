@@ -230,11 +230,14 @@ impl Member {
     /// Checks a claim of this upstream against the operator's trust in it.
     pub fn verify(&self, claim: PathInfo, store_dir: &StoreDir) -> Answer {
         if claim.nar_size == 0 {
-            self.refused.fetch_add(1, Ordering::Relaxed);
             let remedy = "nix-store --verify --check-contents there fills it in";
             let (upstream, path) = (self.upstream.name(), &claim.path);
             // Databases of old have such paths; Nix takes no narinfo with it.
-            debug!(upstream, %path, remedy, "its store does not know the NAR's size");
+            if self.refusal_is_news() {
+                warn!(upstream, %path, remedy, "not offered: its store does not know the NAR's size");
+            } else {
+                debug!(upstream, %path, "not offered: its store does not know the NAR's size");
+            }
             return Answer::Unknown;
         }
         match claim.verify(&self.trust, store_dir) {
