@@ -370,34 +370,8 @@ const TOTALS: TableDefinition<'_, &str, u64> = TableDefinition::new("totals");
 
 #[cfg(test)]
 mod tests {
+    use super::super::samples::record;
     use super::*;
-    use crate::cache::backend::{Ground, NarFile};
-    use crate::cache::nar_name::FileHash;
-    use crate::nix::hash::NarHash;
-    use crate::nix::path_info::{Basis, PathInfo};
-
-    fn record(number: u8, size: Option<u64>) -> Record {
-        let hash = StorePathHash([number; 20]);
-        Record {
-            info: PathInfo {
-                path: format!("{hash}-p").parse().unwrap(),
-                nar_hash: NarHash([number; 32]),
-                nar_size: 1,
-                references: vec![],
-                deriver: None,
-                signatures: vec![],
-                ca: None,
-            },
-            grounds: vec![Ground {
-                upstream: "u".to_owned(),
-                basis: Basis::Operator,
-            }],
-            file: size.map(|size_bytes| NarFile {
-                hash: FileHash([number; 32]),
-                size_bytes,
-            }),
-        }
-    }
 
     fn open(path: &Path) -> Index {
         Index::open(path, 1 << 20, StoreDir::default()).unwrap()

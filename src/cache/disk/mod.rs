@@ -27,8 +27,11 @@ mod queue;
 mod reconcile;
 pub mod removal;
 pub mod resign;
+#[cfg(test)]
+mod samples;
 mod shared;
 mod signing;
+mod space;
 pub mod text;
 pub mod upkeep;
 pub mod verify;

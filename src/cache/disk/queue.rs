@@ -256,24 +256,11 @@ mod tests {
     use std::thread;
     use std::time::Instant;
 
+    use super::super::samples::record;
     use super::*;
-    use crate::nix::path_info::PathInfo;
 
     fn look_up(number: u8) -> Task {
-        let hash = StorePathHash([number; 20]);
-        Task::Remember(Box::new(Record {
-            info: PathInfo {
-                path: format!("{hash}-p").parse().unwrap(),
-                nar_hash: NarHash([number; 32]),
-                nar_size: 1,
-                references: vec![],
-                deriver: None,
-                signatures: vec![],
-                ca: None,
-            },
-            grounds: vec![],
-            file: None,
-        }))
+        Task::Remember(Box::new(record(number, None)))
     }
 
     #[test]

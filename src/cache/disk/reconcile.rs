@@ -6,8 +6,8 @@
 use std::fs;
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use tracing::{debug, info, warn};
@@ -52,10 +52,11 @@ impl Pass {
         _ = rustix::process::setpriority_process(None, 10);
         let begun = Instant::now();
         let shared = Arc::clone(&self.shared);
+        // Another index has a pass of its own.
         let index = shared.index().as_ref().map(Arc::downgrade);
         let is_over = || {
-            let index = index.as_ref().and_then(Weak::upgrade);
-            shared.queue.is_stopped() || index.is_none()
+            let is_gone = index.as_ref().is_none_or(|i| i.strong_count() == 0);
+            shared.queue.is_stopped() || is_gone
         };
         let dir = shared.folder.root().display();
         let done = loop {

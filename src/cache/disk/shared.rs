@@ -19,6 +19,7 @@ use super::foreign::Foreign;
 use super::index::{Index, IndexError, Totals};
 use super::judged::Judged;
 use super::queue::Queue;
+use super::space::Lacking;
 use super::text::{self, TextError};
 use crate::nix::cache_info::CacheInfo;
 use crate::nix::signature::PublicKey;
@@ -55,7 +56,7 @@ pub struct Shared {
     passes: Mutex<Vec<JoinHandle<()>>>,
     reserved: AtomicU64,
     /// What the file system is to have of our bytes.
-    lacking: Mutex<Lacking>,
+    pub lacking: Mutex<Lacking>,
     clock: AtomicU64,
     /// Counts since the start.
     pub counts: Counts,
@@ -93,14 +94,6 @@ impl Signing {
         lines.push(format!("trust {}\n", self.trust));
         lines.concat()
     }
-}
-
-/// Bytes that are to be evicted so that the file system has room.
-#[derive(Default)]
-struct Lacking {
-    bytes: u64,
-    /// Some file systems take a while to count what was removed.
-    asked_at: Option<Instant>,
 }
 
 struct Degraded {
@@ -362,53 +355,6 @@ impl Shared {
         bytes.saturating_sub(self.options.bytes_max)
     }
 
-    /// Has the writer evict what the file system lacks, if that is soon enough and would be enough.
-    ///
-    /// The cache's bound may be larger than its file system. Fails, with the cause, when there is no room to spare.
-    pub fn ask_for_space(&self) -> Result<(), Error> {
-        let dir = self.folder.root().display();
-        let free = self.folder.free_bytes().map_err(|error| {
-            let cause = format!("{dir}: {error}");
-            self.degrade(cause.clone());
-            Error::Degraded(cause)
-        })?;
-        let least = self.options.free_bytes_min;
-        if free >= least + least / 2 {
-            return Ok(());
-        }
-        let kept = lock(&self.totals).bytes;
-        // Some more, or every fill would ask.
-        let bytes = (2 * least - free.min(2 * least)) + kept / 16;
-        if bytes <= kept && self.index().is_some() {
-            let now = Instant::now();
-            let pause = self.options.retry_after.min(SPACE_PAUSE_MAX);
-            let mut lacking = lock(&self.lacking);
-            let asked = |at: Instant| now.duration_since(at) < pause;
-            if !lacking.asked_at.is_some_and(asked) {
-                lacking.bytes = bytes;
-                lacking.asked_at = Some(now);
-                drop(lacking);
-                self.queue.wake();
-            }
-            return if free >= least {
-                Ok(())
-            } else {
-                Err(Error::Full)
-            };
-        }
-        if free >= least {
-            return Ok(());
-        }
-        let cause = format!("the file system of {dir} has only {free} bytes left");
-        self.degrade(cause.clone());
-        Err(Error::Degraded(cause))
-    }
-
-    /// Takes over how many bytes are to be evicted for the file system's sake.
-    pub fn take_lacking(&self) -> u64 {
-        std::mem::take(&mut lock(&self.lacking).bytes)
-    }
-
     /// Sets bytes aside for a fill; the writer makes room for them.
     pub fn reserve(self: &Arc<Self>, bytes: u64) -> Result<Reservation, Error> {
         let mut reservation = Reservation {
@@ -507,5 +453,3 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// Milliseconds.
 const CLOSE_TRIES: u32 = 1000;
-/// After which what was evicted should be free.
-const SPACE_PAUSE_MAX: Duration = Duration::from_secs(5);

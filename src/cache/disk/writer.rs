@@ -163,12 +163,10 @@ impl Writer {
         let lacking = self.shared.take_lacking();
         let bytes_max = self.shared.stats().bytes.saturating_sub(lacking);
         loop {
-            let over = || {
-                let bytes = self.shared.stats().bytes;
-                let lacking = bytes.saturating_sub(bytes_max);
-                self.shared.bytes_over().max(lacking)
-            };
-            if over() == 0 {
+            let over = self.shared.bytes_over();
+            let bytes = self.shared.stats().bytes;
+            let target = bytes.saturating_sub(over).min(bytes_max);
+            if target == bytes {
                 return;
             }
             // What was just used must not go first, even if that came after this batch.
@@ -177,9 +175,6 @@ impl Writer {
             let Some(index) = self.shared.index() else {
                 return;
             };
-            let bytes = self.shared.stats().bytes;
-            let over = self.shared.bytes_over();
-            let target = bytes.saturating_sub(over).min(bytes_max);
             match removal::take_oldest(&index, target, EVICTED_MAX) {
                 Ok((names, totals)) => {
                     self.shared.set_totals(totals);

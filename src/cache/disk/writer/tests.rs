@@ -2,38 +2,18 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use super::super::super::backend::{Backend as _, Ground, NarFile, Record};
-use super::super::super::nar_name::FileHash;
+use super::super::super::backend::{Backend as _, Record};
 use super::super::folder::Folder;
 use super::super::index::{Index, IndexError};
+use super::super::samples;
 use super::super::shared::Shared;
 use super::super::{DiskCache, Options};
 use super::Writer;
 use crate::nix::hash::NarHash;
-use crate::nix::path_info::{Basis, PathInfo};
 use crate::nix::store_path::{StoreDir, StorePathHash};
 
 fn record(number: u8) -> Record {
-    let hash = StorePathHash([number; 20]);
-    Record {
-        info: PathInfo {
-            path: format!("{hash}-p").parse().unwrap(),
-            nar_hash: NarHash([number; 32]),
-            nar_size: 1,
-            references: vec![],
-            deriver: None,
-            signatures: vec![],
-            ca: None,
-        },
-        grounds: vec![Ground {
-            upstream: "u".to_owned(),
-            basis: Basis::Operator,
-        }],
-        file: Some(NarFile {
-            hash: FileHash([number; 32]),
-            size_bytes: 10_000,
-        }),
-    }
+    samples::record(number, Some(10_000))
 }
 
 /// Under load the writer was still at work on an earlier batch when a path was used and a fill began
